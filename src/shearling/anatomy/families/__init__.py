@@ -1,0 +1,1 @@
+"""One file a family, named after its ``model_type``; each holds ``FAMILY``."""

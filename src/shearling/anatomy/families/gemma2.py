@@ -1,0 +1,12 @@
+"""Gemma 2: (1 + w) norms before and after both halves, soft-capping, scaled embedding."""
+
+from shearling.anatomy.families._llama_like import BLOCK, LLAMA_LIKE, SANDWICH_NORMS
+from shearling.anatomy.spec import Family
+
+FAMILY = Family(
+    model_type="gemma2",
+    per_layer=("layer_types",),
+    norm_one_plus=True,
+    embedding_scaled=True,
+    **{**LLAMA_LIKE, "block": {**BLOCK, **SANDWICH_NORMS}},
+)

@@ -1,0 +1,12 @@
+"""Gemma 3, text: Gemma 2's norms, q/k norms, and local and global layers with a rotary base each."""
+
+from shearling.anatomy.families._llama_like import BLOCK, LLAMA_LIKE, QK_NORMS, SANDWICH_NORMS
+from shearling.anatomy.spec import Family
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    per_layer=("layer_types",),
+    norm_one_plus=True,
+    embedding_scaled=True,
+    **{**LLAMA_LIKE, "block": {**BLOCK, **QK_NORMS, **SANDWICH_NORMS}},
+)

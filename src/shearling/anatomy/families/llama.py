@@ -1,0 +1,6 @@
+"""Llama 2, Llama 3, TinyLlama, SmolLM2."""
+
+from shearling.anatomy.families._llama_like import LLAMA_LIKE
+from shearling.anatomy.spec import Family
+
+FAMILY = Family(model_type="llama", **LLAMA_LIKE)

@@ -1,0 +1,6 @@
+"""Mistral."""
+
+from shearling.anatomy.families._llama_like import LLAMA_LIKE
+from shearling.anatomy.spec import Family
+
+FAMILY = Family(model_type="mistral", **LLAMA_LIKE)

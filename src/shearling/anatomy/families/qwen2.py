@@ -1,0 +1,6 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v; optional sliding windows by layer."""
+
+from shearling.anatomy.families._llama_like import LLAMA_LIKE
+from shearling.anatomy.spec import Family
+
+FAMILY = Family(model_type="qwen2", per_layer=("layer_types",), **LLAMA_LIKE)
