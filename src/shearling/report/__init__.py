@@ -1,0 +1,7 @@
+"""One self-contained HTML page about a run."""
+
+from __future__ import annotations
+
+from shearling.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,261 @@
+"""What the page says, as data: files of a run in, rows and captions out. None where there is none.
+
+Plots are Markup (already escaped); everything else is plain text that the template escapes.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+from shearling.report import plots
+from shearling.report.files import Record, RunFiles, record, records
+from shearling.report.numbers import (
+    count,
+    decimal,
+    duration,
+    finite,
+    percent,
+    ratio,
+    significant,
+    size,
+    span,
+    words,
+)
+
+MODELS = ("dense", "pruned", "recovered")
+
+Section = dict[str, Any]
+
+
+def overview(run: RunFiles) -> Section:
+    """Title, subtitle and the headline numbers."""
+    method = run.plan.get("method")
+    model = words(run.metrics.get("model") or run.plan.get("model"))
+    facts = [(key, run.metrics.get(key)) for key in ("family", "device")]
+    return {
+        "title": f"{model}, pruned" + (f" by {method}" if method else ""),
+        "lede": _lede(run),
+        "facts": [f"{key} {value}" for key, value in facts if value],
+        "numbers": [number for number in _headline_numbers(run) if number],
+    }
+
+
+def _measured(run: RunFiles) -> dict[str, Record]:
+    models = {name: record(run.metrics.get(name)) for name in MODELS}
+    return {name: model for name, model in models.items() if model}
+
+
+def _sizes(run: RunFiles) -> tuple[Record, Record]:
+    """Sizes before and after: as planned, and as measured where a model was measured."""
+    measured = _measured(run)
+    last = measured.get("recovered") or measured.get("pruned") or {}
+    known = ("parameters", "bytes")
+    sizes = []
+    for planned, model in (("before", measured.get("dense", {})), ("after", last)):
+        counted = {key: model[key] for key in known if finite(model.get(key)) is not None}
+        sizes.append(record(run.plan.get(planned)) | counted)
+    return sizes[0], sizes[1]
+
+
+def _lede(run: RunFiles) -> str:
+    before, after = (finite(side.get("parameters")) for side in _sizes(run))
+    if before is None or after is None or before <= 0:
+        return ""
+    done = "Removed" if _measured(run) else "Planned: to remove"
+    gone = before - after
+    return f"{done} {decimal(gone)} of {decimal(before)} parameters ({percent(gone / before)})."
+
+
+def _headline_numbers(run: RunFiles) -> list[Section | None]:
+    measured = _measured(run)
+    before, after = _sizes(run)
+    perplexity: Section | None = None
+    if measured:
+        values = [(name, significant(row.get("perplexity"))) for name, row in measured.items()]
+        perplexity = {"name": "Perplexity", "values": values, "note": _corpus(measured) or ""}
+    shown = (
+        ("Parameters", "parameters", decimal),
+        ("Size", "bytes", size),
+        ("FLOPs per token", "flops_per_token", decimal),
+    )
+    pairs = [
+        {
+            "name": name,
+            "values": [("before", write(before.get(key))), ("after", write(after.get(key)))],
+            "note": ratio(after.get(key), before.get(key)) + " of before",
+        }
+        for name, key, write in shown
+        if key in before and key in after
+    ]
+    return [perplexity, *pairs]
+
+
+def _corpus(measured: dict[str, Record]) -> str | None:
+    """The one text that every model was measured on, or None where they differ."""
+    texts = {_corpus_of(row) for row in measured.values()}
+    return texts.pop() if len(texts) == 1 else None
+
+
+def _corpus_of(row: Record) -> str:
+    return (
+        f"{words(row.get('corpus'))}, {count(row.get('tokens'))} tokens, "
+        f"context {count(row.get('context'))}, stride {count(row.get('stride'))}"
+    )
+
+
+def quality(run: RunFiles) -> Section | None:
+    """Perplexity and distance from the dense model, one row a measured model."""
+    measured = _measured(run)
+    if not measured:
+        return None
+    dense = measured.get("dense", {}).get("perplexity")
+    shared = _corpus(measured)
+    rows = []
+    for name, row in measured.items():
+        cells = [significant(row.get("perplexity")), ratio(row.get("perplexity"), dense)]
+        cells += [significant(row.get("kl"), 3), percent(row.get("agreement"))]
+        rows.append({"name": name, "cells": cells, "corpus": None if shared else _corpus_of(row)})
+    return {"rows": rows, "corpus": shared}
+
+
+def sizes(run: RunFiles) -> Section | None:
+    """Before => after, from the plan and from what was measured."""
+    before, after = _sizes(run)
+    shown = (
+        ("Parameters", "parameters", count),
+        ("of these in FFN", "ffn_parameters", count),
+        ("Size of the weights", "bytes", size),
+        ("KV cache per token", "kv_bytes_per_token", size),
+        ("FLOPs per token", "flops_per_token", decimal),
+    )
+    rows = [
+        (
+            name,
+            write(before.get(key)),
+            write(after.get(key)),
+            ratio(after.get(key), before.get(key)),
+        )
+        for name, key, write in shown
+        if key in before or key in after
+    ]
+    return {"rows": _shapes(run) + rows} if rows else None
+
+
+def _shapes(run: RunFiles) -> list[tuple[str, str, str, str]]:
+    blocks = records(run.plan.get("blocks"))
+    shown = (
+        ("FFN channels a layer", "ffn"),
+        ("Query heads a layer", "query_heads"),
+        ("KV heads a layer", "kv_heads"),
+    )
+    rows = []
+    for name, key in shown:
+        pairs = [plots.finite_pair(block.get(key)) for block in blocks]
+        before, after = ([pair[side] for pair in pairs] for side in (0, 1))
+        if any(value is not None for value in before + after):
+            sums = [sum(value for value in side if value is not None) for side in (after, before)]
+            rows.append((name, span(before), span(after), ratio(*sums)))
+    return rows
+
+
+def widths(run: RunFiles) -> Section | None:
+    """The plots of kept widths and the same numbers as a table."""
+    blocks = records(run.plan.get("blocks"))
+    ffn = [plots.finite_pair(block.get("ffn")) for block in blocks]
+    heads = [plots.finite_pair(block.get("kv_heads")) for block in blocks]
+    importance = [finite(block.get("importance")) for block in blocks]
+    if not any(value is not None for pair in ffn + heads for value in pair):
+        return None
+    rows = []
+    for index, block in enumerate(blocks):
+        queries = plots.finite_pair(block.get("query_heads"))
+        cells = [count(value) for pair in (ffn[index], queries, heads[index]) for value in pair]
+        layer = count(block.get("layer", index))
+        rows.append({"layer": layer, "cells": [*cells, significant(importance[index], 3)]})
+    return {
+        "ffn": Markup(plots.width_plot("ffn", "FFN channels", ffn, importance)),
+        "kv": Markup(plots.width_plot("kv", "KV heads", heads, height=150.0)),
+        "importance": any(value is not None for value in importance),
+        "rows": rows,
+    }
+
+
+def training(run: RunFiles) -> list[Section]:
+    """One loss curve a training stage, with what the curve does not show as its caption."""
+    stages: dict[str, dict[float, Record]] = {}
+    for event in run.events:
+        step = finite(event.get("step"))
+        if step is not None and "loss" in event:
+            # A resumed run repeats the steps after its last checkpoint: the last one counts.
+            stages.setdefault(words(event.get("stage")), {})[step] = event
+    curves = []
+    for number, (stage, by_step) in enumerate(stages.items()):
+        steps = sorted(by_step)
+        points = [(step, finite(by_step[step]["loss"])) for step in steps]
+        if any(loss is not None for _, loss in points):
+            plot = Markup(plots.loss_plot(f"loss-{number}", stage, points))
+            caption = _training_caption(stage, [by_step[step] for step in steps])
+            curves.append({"stage": stage, "plot": plot, "caption": caption})
+    return curves
+
+
+def _training_caption(stage: str, events: list[Record]) -> str:
+    last = events[-1]
+    speeds = [finite(event.get("tokens_per_second")) for event in events]
+    known = [speed for speed in speeds if speed is not None]
+    parts = [f"Loss of stage {stage} up to step {count(last.get('step'))}"]
+    if finite(last.get("tokens")) is not None:
+        parts.append(f"{count(last['tokens'])} tokens")
+    if known:
+        parts.append(f"{significant(median(known), 3)} tokens/s (median)")
+    if finite(last.get("learning_rate")) is not None:
+        parts.append(f"learning rate at the end {last['learning_rate']:.3g}")
+    return ", ".join(parts) + "."
+
+
+def cost(run: RunFiles) -> Section | None:
+    """Wall time and peak memory of every stage, their total, and what the plan had estimated."""
+    stages = records(run.metrics.get("stages"))
+    estimate = record(run.plan.get("estimate"))
+    if not stages and not estimate:
+        return None
+    seconds = [finite(stage.get("seconds")) for stage in stages]
+    times = [value for value in seconds if value is not None]
+    peaks = [finite(stage.get("peak_bytes")) for stage in stages]
+    rows = [
+        {
+            "name": words(stage.get("name")),
+            "seconds": duration(time),
+            "bar": Markup(plots.share_bar(time, max(times, default=0.0))),
+            "peak": size(peak),
+        }
+        for stage, time, peak in zip(stages, seconds, peaks, strict=True)
+    ]
+    expected = (duration(estimate.get("seconds")), size(estimate.get("peak_bytes")))
+    return {
+        "rows": rows,
+        "total": (
+            duration(sum(times) if times else None),
+            size(max((peak for peak in peaks if peak is not None), default=None)),
+        ),
+        "estimate": f"{expected[0]}, {expected[1]} at the peak" if estimate else "",
+    }
+
+
+def samples(run: RunFiles) -> Section | None:
+    """What the models wrote, prompt by prompt, one column a model."""
+    given = records(run.metrics.get("samples"))
+    models = [name for name in MODELS if any(name in sample for sample in given)]
+    if not models:
+        return None
+    rows = [
+        {
+            "prompt": words(sample.get("prompt")),
+            "texts": [(name, words(sample.get(name))) for name in models],
+        }
+        for sample in given
+    ]
+    return {"rows": rows, "columns": len(models)}

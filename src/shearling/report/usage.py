@@ -1,0 +1,49 @@
+"""What the page says about using the result: engines, code that loads it, versions."""
+
+from __future__ import annotations
+
+from shearling.report import plots
+from shearling.report.files import RunFiles, record, records
+from shearling.report.numbers import DASH, words
+
+KEYS_OF_WIDTHS = ("ffn", "query_heads", "kv_heads")
+
+
+def engines(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Which engines load the result, and how."""
+    return [
+        (
+            words(engine.get("engine")),
+            {"True": "yes", "False": "no"}.get(str(engine.get("loads")), DASH),
+            words(engine.get("how")),
+        )
+        for engine in records(run.plan.get("engines"))
+    ]
+
+
+def loading(run: RunFiles) -> dict[str, str | bool] | None:
+    """Python that loads the model of this run, or None where there is none yet."""
+    folder = run.directory / "model"
+    if not folder.is_dir():
+        return None
+    blocks = records(run.plan.get("blocks"))
+    after = [[plots.finite_pair(block.get(key))[1] for block in blocks] for key in KEYS_OF_WIDTHS]
+    per_layer = any(len(set(side)) > 1 for side in after)
+    lines = ["import shearling  # registers the class with per-layer widths"] if per_layer else []
+    lines += [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"folder = {str(folder)!r}",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        'inputs = tokenizer("Sheep are", return_tensors="pt")',
+        "tokens = model.generate(**inputs, max_new_tokens=40)",
+        "print(tokenizer.decode(tokens[0]))",
+    ]
+    return {"per_layer": per_layer, "code": "\n".join(lines)}
+
+
+def versions(run: RunFiles) -> list[tuple[str, str]]:
+    """The versions that made the run, by name."""
+    given = record(run.metrics.get("versions"))
+    return [(name, words(value)) for name, value in sorted(given.items())]
