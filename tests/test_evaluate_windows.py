@@ -38,7 +38,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     # a cap this low changes every logit
     "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, final_logit_softcapping=0.5, sliding_window=8),
     "phi3": Phi3Config(**LLAMA_LIKE),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1
+    ),
     "opt": OPTConfig(
         vocab_size=VOCAB,
         hidden_size=32,
