@@ -1,0 +1,55 @@
+"""Saving a cut model as a checkpoint that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shearling.anatomy import PER_LAYER_PREFIX, anatomy_of
+from shearling.errors import ShearlingError
+from shearling.export.classes import per_layer_classes
+
+
+def save_model(
+    model: Any, tokenizer: Any, folder: Path | str, *, provenance: Mapping[str, Any], card: str | None = None
+) -> None:
+    """Write weights, config, generation config, tokenizer, ``shearling.json`` and the model card into a new folder.
+
+    Everything is written beside the folder first and moved there whole. Uniform widths load with plain
+    ``AutoModelForCausalLM.from_pretrained``; per-layer widths after ``import shearling``.
+    Raises ShearlingError when the folder exists or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ShearlingError(f"{folder}: already exists; choose another folder or remove it")
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        _name_classes(unfinished / "config.json", model)
+        (unfinished / "shearling.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        if card is not None:
+            (unfinished / "README.md").write_text(card)
+        unfinished.replace(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ShearlingError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _name_classes(path: Path, model: Any) -> None:
+    """Let config.json name the class that can hold the model's widths."""
+    config = json.loads(path.read_text())
+    model_type = model.config.model_type.removeprefix(PER_LAYER_PREFIX)
+    config_class, model_class = per_layer_classes(model_type)
+    if "shearling" in config:
+        config["model_type"], config["architectures"] = config_class.model_type, [model_class.__name__]
+    else:
+        stock = model_class.__mro__[1]
+        config["model_type"], config["architectures"] = anatomy_of(model.config).family.model_type, [stock.__name__]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

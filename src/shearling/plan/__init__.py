@@ -1,0 +1,36 @@
+"""Edits, plans and budgets: everything about a change except carrying it out."""
+
+from shearling.plan.budget import cap_shares, round_to_total
+from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
+from shearling.plan.files import load_edits, save_edits
+from shearling.plan.plan import Plan, engines
+from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
+from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, inventory_of, sizes, unit_parameters
+
+__all__ = [
+    "Adapters",
+    "Delta",
+    "Edit",
+    "Inventory",
+    "Masks",
+    "Plan",
+    "Quant",
+    "Sizes",
+    "Structure",
+    "TensorSize",
+    "cap_shares",
+    "check_order",
+    "check_structure",
+    "edit_size",
+    "engines",
+    "inventory_after",
+    "inventory_of",
+    "kept_elements",
+    "kept_layers",
+    "load_edits",
+    "round_to_total",
+    "save_edits",
+    "shape_after",
+    "sizes",
+    "unit_parameters",
+]

@@ -1,0 +1,92 @@
+"""The before => after table of a run, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shearling.anatomy import Anatomy, expressible
+from shearling.plan.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and block shapes before and after, who loads the result, and what making it costs.
+
+    ``importance`` has one number a block, empty where nothing was measured. ``estimate`` holds ``seconds`` and
+    ``peak_bytes`` where they are known.
+    """
+
+    model: str
+    method: str
+    before: Sizes
+    after: Sizes
+    anatomy_before: Anatomy
+    anatomy_after: Anatomy
+    layers: tuple[int, ...]
+    importance: tuple[float, ...] = ()
+    estimate: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``plan.json``."""
+        return {
+            "model": self.model,
+            "method": self.method,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "blocks": [self._block(new, old) for new, old in enumerate(self.layers)],
+            "engines": engines(self.anatomy_after),
+            "estimate": self.estimate,
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(quantity, before, after, after / before) for printing."""
+        before, after = self.before.to_json(), self.after.to_json()
+        rows = [
+            (name.replace("_", " "), f"{before[name]:,}", f"{after[name]:,}", f"{after[name] / before[name]:.3f}")
+            for name in before
+            if before[name]
+        ]
+        for name in ("ffn", "query_heads", "kv_heads"):
+            widths = [
+                [getattr(shape, name) for shape in anatomy.shapes]
+                for anatomy in (self.anatomy_before, self.anatomy_after)
+            ]
+            total = [sum(w) for w in widths]
+            rows.append((name.replace("_", " "), _span(widths[0]), _span(widths[1]), f"{total[1] / total[0]:.3f}"))
+        count = [self.anatomy_before.num_layers, self.anatomy_after.num_layers]
+        rows.append(("layers", str(count[0]), str(count[1]), f"{count[1] / count[0]:.3f}"))
+        return rows
+
+    def _block(self, new: int, old: int) -> dict[str, Any]:
+        before, after = self.anatomy_before.shapes[old], self.anatomy_after.shapes[new]
+        widths = {
+            name: [getattr(before, name), getattr(after, name)] for name in ("ffn", "query_heads", "kv_heads")
+        }
+        return {"layer": old, **widths, **({"importance": self.importance[old]} if self.importance else {})}
+
+
+def engines(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Which engines load a model of this anatomy, and how."""
+    stock = expressible(anatomy)
+    aligned = all(shape.ffn % 32 == 0 for shape in anatomy.shapes)
+    why = "" if stock else "per-layer widths; plan with uniform: true"
+    return [
+        {
+            "engine": "transformers",
+            "loads": True,
+            "how": ("" if stock else "import shearling; ") + "AutoModelForCausalLM.from_pretrained(folder)",
+        },
+        {"engine": "vLLM", "loads": stock, "how": "vllm serve folder" if stock else why},
+        {
+            "engine": "llama.cpp",
+            "loads": stock and aligned,
+            "how": why or ("convert to GGUF, then llama-server" if aligned else "plan with round_to: 32"),
+        },
+    ]
+
+
+def _span(widths: Sequence[int]) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low}..{high}"

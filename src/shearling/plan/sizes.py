@@ -1,0 +1,104 @@
+"""What a model weighs and costs, from the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from shearling.anatomy import Anatomy, Layout
+
+
+class TensorSize(NamedTuple):
+    """Shape of a stored tensor and the bytes of one element."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+Inventory = Mapping[str, TensorSize]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters, their bytes, and the running cost of one token (batch 1, empty cache for the FLOPs)."""
+
+    parameters: int
+    bytes: int
+    ffn_parameters: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def inventory_of(model: nn.Module) -> dict[str, TensorSize]:
+    """Stored tensors of a model by name; a tied tensor counts once, under its first name."""
+    return {name: TensorSize(tuple(p.shape), p.element_size()) for name, p in model.named_parameters()}
+
+
+def reshape_axis(layout: Layout, axis: int, anatomy: Anatomy, layer: int | None, size: int) -> int:
+    """Length of an axis in an anatomy; ``size`` is what a fixed axis has."""
+    parts = layout[axis]
+    return size if parts == ("fixed",) else sum(anatomy.size(part, layer) for part in parts)
+
+
+def inventory_after(
+    inventory: Inventory, before: Anatomy, after: Anatomy, layers: Sequence[int] | None = None
+) -> dict[str, TensorSize]:
+    """The inventory that the same tensors have in another anatomy; ``layers`` are the old indices that stay."""
+    renumber = {old: new for new, old in enumerate(range(before.num_layers) if layers is None else layers)}
+    result = {}
+    for name, (shape, itemsize) in inventory.items():
+        old = before.layer_of(name)
+        if old is not None and old not in renumber:
+            continue
+        new = None if old is None else renumber[old]
+        layout = before.layout(name)
+        sizes = tuple(reshape_axis(layout, axis, after, new, size) for axis, size in enumerate(shape))
+        if old is not None:
+            assert new is not None
+            name = before.path(new, name.removeprefix(before.path(old) + "."))
+        result[name] = TensorSize(sizes, itemsize)
+    return result
+
+
+def sizes(inventory: Inventory, anatomy: Anatomy) -> Sizes:
+    """Totals of an inventory. FLOPs count two per multiply-add of every matrix product, the output head included."""
+    parameters = bytes_ = ffn = matmul = 0
+    itemsize = 0
+    for name, tensor in inventory.items():
+        parameters += tensor.numel
+        bytes_ += tensor.numel * tensor.itemsize
+        itemsize = max(itemsize, tensor.itemsize)
+        if any("ffn" in axis for axis in anatomy.layout(name)):
+            ffn += tensor.numel
+        if anatomy.layer_of(name) is not None and len(tensor.shape) == 2:
+            matmul += tensor.numel
+    kv = sum(2 * shape.kv_heads * anatomy.head_dim * itemsize for shape in anatomy.shapes)
+    return Sizes(parameters, bytes_, ffn, kv, 2 * (matmul + anatomy.vocab * anatomy.hidden))
+
+
+def unit_parameters(inventory: Inventory, anatomy: Anatomy, layer: int) -> tuple[int, int]:
+    """Parameters of one FFN channel and of one KV group (its query heads included) of a block."""
+    channel = group = 0
+    shape = anatomy.shapes[layer]
+    for name, tensor in inventory.items():
+        if anatomy.layer_of(name) != layer:
+            continue
+        for axis, parts in enumerate(anatomy.layout(name)):
+            others = tensor.numel // tensor.shape[axis]
+            channel += others * parts.count("ffn")
+            group += others * parts.count("kv") * anatomy.head_dim
+            group += others * parts.count("query") * anatomy.head_dim * (shape.query_heads // shape.kv_heads)
+    return channel, group

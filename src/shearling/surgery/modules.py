@@ -1,0 +1,87 @@
+"""Setting tensors in modules, and making modules and configs say what the tensors are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from shearling.anatomy import Anatomy, config_updates
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make ``value`` the parameter of that name, keeping its trainability, and the module's sizes true."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, leaf, None)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=True if old is None else old.requires_grad))
+    refresh_sizes(module)
+
+
+def refresh_sizes(module: nn.Module) -> None:
+    """Copy the sizes of a module's weight into the attributes that repeat them."""
+    match module:
+        case nn.Linear():
+            module.out_features, module.in_features = module.weight.shape
+        case Conv1D():
+            module.nx, module.nf = module.weight.shape
+        case nn.LayerNorm():
+            module.normalized_shape = tuple(module.weight.shape)
+        case nn.Embedding():
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+        case _:
+            pass
+
+
+def conform_(model: Any, anatomy: Anatomy) -> None:
+    """Make every attribute and config field that copies a size agree with ``anatomy``.
+
+    ``model`` is a causal language model whose tensors already have the anatomy's shapes.
+    """
+    blocks = model.get_submodule(anatomy.family.blocks)
+    for layer, block in enumerate(blocks):
+        _conform_block(block, anatomy, layer)
+    updates = config_updates(anatomy)
+    for config in {id(c): c for c in (model.config, getattr(model.base_model, "config", model.config))}.values():
+        for name, value in updates.items():
+            setattr(config, name, value)
+        if "shearling" not in updates and hasattr(config, "shearling"):
+            delattr(config, "shearling")
+
+
+def _conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
+    shape = anatomy.shapes[layer]
+    quantities = {
+        "ffn": shape.ffn,
+        "hidden": anatomy.hidden,
+        "query_heads": shape.query_heads,
+        "kv_heads": shape.kv_heads,
+        "queries_per_kv": shape.query_heads // shape.kv_heads,
+        "query_width": shape.query_heads * anatomy.head_dim,
+    }
+    for path, quantity in anatomy.family.attributes.items():
+        owner, _, leaf = path.rpartition(".")
+        module = block.get_submodule(owner)
+        if hasattr(module, leaf):
+            setattr(module, leaf, quantities[quantity])
+    for module in block.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = layer
+    for path in anatomy.family.reads_config:
+        # the stock code asks its config for head counts at run time, and all blocks share one config
+        module: Any = block.get_submodule(path)
+        fields = anatomy.family.config
+        own = copy.copy(module.config)
+        own.__dict__.update({fields["query_heads"]: shape.query_heads, fields["kv_heads"]: shape.kv_heads})
+        module.config = own
+
+
+def add_bias_(model: nn.Module, anatomy: Anatomy, linear: str) -> None:
+    """Give the linear of that inner name a zero bias in every block that lacks one."""
+    for layer in range(anatomy.num_layers):
+        module: Any = model.get_submodule(anatomy.path(layer, linear))
+        if module.bias is None:
+            module.bias = nn.Parameter(torch.zeros(anatomy.hidden, dtype=module.weight.dtype, device=module.weight.device))
