@@ -23,7 +23,7 @@ from shearling.plan import (
     kept_layers,
     shape_after,
 )
-from shearling.surgery.modules import add_bias_, conform_, set_parameter
+from shearling.surgery.modules import add_bias_, conform_, conform_block, set_parameter
 from shearling.surgery.slicing import slice_tensor
 
 
@@ -85,12 +85,10 @@ def write_values_(model: Any, anatomy: Anatomy, delta: Delta) -> Anatomy:
 
 def _cut_structure(model: Any, anatomy: Anatomy, structure: Structure) -> Anatomy:
     after = shape_after(anatomy, structure)
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         anatomy.layout(name)
-    for name, parameter in list(model.named_parameters()):
-        kept = slice_tensor(parameter.data, name, anatomy, structure)
-        if kept is not parameter.data and kept.shape != parameter.shape:
-            set_parameter(model, name, kept)
+    for layer in range(anatomy.num_layers):
+        _slice_block(model.get_submodule(anatomy.path(layer)), layer, anatomy, structure)
     layers = kept_layers(anatomy, structure)
     if len(layers) < anatomy.num_layers:
         path, _, leaf = anatomy.family.blocks.rpartition(".")
@@ -102,6 +100,22 @@ def _cut_structure(model: Any, anatomy: Anatomy, structure: Structure) -> Anatom
                 setattr(model.config, name, [entries[layer] for layer in layers])
     conform_(model, after)
     return after
+
+
+@torch.no_grad()
+def cut_block_(block: nn.Module, layer: int, anatomy: Anatomy, structure: Structure) -> Anatomy:
+    """Cut one block apart from its model, in place; returns the anatomy of the model it would belong to."""
+    after = shape_after(anatomy, structure)
+    _slice_block(block, layer, anatomy, structure)
+    conform_block(block, after, layer)
+    return after
+
+
+def _slice_block(block: nn.Module, layer: int, anatomy: Anatomy, structure: Structure) -> None:
+    for inner, parameter in list(block.named_parameters()):
+        kept = slice_tensor(parameter.data, anatomy.path(layer, inner), anatomy, structure)
+        if kept.shape != parameter.shape:
+            set_parameter(block, inner, kept)
 
 
 def _inner(anatomy: Anatomy, name: str) -> str:

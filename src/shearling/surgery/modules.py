@@ -43,7 +43,7 @@ def conform_(model: Any, anatomy: Anatomy) -> None:
     """
     blocks = model.get_submodule(anatomy.family.blocks)
     for layer, block in enumerate(blocks):
-        _conform_block(block, anatomy, layer)
+        conform_block(block, anatomy, layer)
     updates = config_updates(anatomy)
     for config in {id(c): c for c in (model.config, getattr(model.base_model, "config", model.config))}.values():
         for name, value in updates.items():
@@ -52,7 +52,8 @@ def conform_(model: Any, anatomy: Anatomy) -> None:
             delattr(config, "shearling")
 
 
-def _conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
+def conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
+    """The part of ``conform_`` that lies inside one block."""
     shape = anatomy.shapes[layer]
     quantities = {
         "ffn": shape.ffn,
@@ -84,4 +85,5 @@ def add_bias_(model: nn.Module, anatomy: Anatomy, linear: str) -> None:
     for layer in range(anatomy.num_layers):
         module: Any = model.get_submodule(anatomy.path(layer, linear))
         if module.bias is None:
-            module.bias = nn.Parameter(torch.zeros(anatomy.hidden, dtype=module.weight.dtype, device=module.weight.device))
+            weight = module.weight
+            module.bias = nn.Parameter(torch.zeros(anatomy.hidden, dtype=weight.dtype, device=weight.device))

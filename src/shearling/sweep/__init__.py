@@ -1,0 +1,16 @@
+"""One forward pass, block after block, and what it collects."""
+
+from shearling.sweep.measure import fingerprint, measure
+from shearling.sweep.statistics import Angles, BlockStatistics, InputStatistics, Moments, add_product_
+from shearling.sweep.walk import Walk
+
+__all__ = [
+    "Angles",
+    "BlockStatistics",
+    "InputStatistics",
+    "Moments",
+    "Walk",
+    "add_product_",
+    "fingerprint",
+    "measure",
+]
