@@ -360,18 +360,19 @@ def test_missing_lm_eval(
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An lm-eval that reports fixed metrics and remembers how it was called."""
     seen: dict[str, Any] = {}
-    metrics = {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25}
     report = {
-        "results": {"arc_easy": metrics, "gsm8k": {"exact_match,strict": 0.1}, "pair": {"acc,none": 1.0}},
-        "n-samples": {name: {"original": 90, "effective": 9} for name in ("arc_easy", "gsm8k", "one", "two")},
-        "group_subtasks": {"pair": ["one", "two"]},
+        "results": {
+            "arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25, "sample_len": 9},
+            "gsm8k": {"exact_match,strict": 0.1, "exact_match_stderr,strict": 0.1, "sample_len": 9},
+            "mmlu": {"acc,none": 1.0, "acc_stderr,none": "N/A", "sample_len": 18},
+        }
     }
 
     def simple_evaluate(**kwargs: Any) -> dict[str, Any]:
         seen.update(kwargs)
         return report
 
-    manager = type("TaskManager", (), {"all_tasks": ["arc_easy", "gsm8k", "pair"]})
+    manager = type("TaskManager", (), {"all_subtasks": ["arc_easy", "gsm8k"], "all_groups": ["mmlu"]})
     for name, members in {
         "lm_eval": {"simple_evaluate": simple_evaluate},
         "lm_eval.models": {},
@@ -385,13 +386,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_lm_eval_results(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stand_in: dict[str, Any]) -> None:
-    results = evaluate_tasks(model, tokenizer, ["arc_easy", "pair"], limit=9, batch=5)
+    results = evaluate_tasks(model, tokenizer, ["arc_easy", "mmlu"], limit=9, batch=5)
     assert results == {
         "arc_easy": {"accuracy": 0.5, "accuracy_norm": 0.25, "stderr": 0.1, "num": 9},
-        "pair": {"accuracy": 1.0, "stderr": None, "num": 18},
+        "mmlu": {"accuracy": 1.0, "stderr": None, "num": 18},
     }
     assert stand_in["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 5}
-    assert (stand_in["tasks"], stand_in["limit"], stand_in["num_fewshot"]) == (["arc_easy", "pair"], 9, 0)
+    assert (stand_in["tasks"], stand_in["limit"], stand_in["num_fewshot"]) == (["arc_easy", "mmlu"], 9, 0)
 
 
 def test_lm_eval_refusals(
