@@ -1,0 +1,235 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearling.errors import ShearlingError
+from shearling.train.events import Clock, report
+from shearling.train.head import hidden_states, output_head
+from shearling.train.loss import IGNORE, chunked_cross_entropy
+from shearling.train.optimizers import build_optimizers
+from shearling.train.policy import Policy, StepContext
+from shearling.train.resume import Counters, Run
+from shearling.train.sampler import WindowSampler, derived_seed
+from shearling.train.settings import TrainSettings
+from shearling.train.signals import StopSignals
+
+#: steps without a finite loss and gradient, in a row, after which training is given up
+MAX_SKIPPED = 5
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did, over all its sessions.
+
+    ``losses`` has the total loss of every step, NaN or infinite where it was ``skipped``; ``stopped`` says that a signal
+    ended the run before its budget; ``edits`` are what the policies' ``finalize`` returned, in order.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: tuple[float, ...]
+    stopped: bool
+    skipped: int = 0
+    edits: tuple[Any, ...] = field(default=(), repr=False)
+
+
+def train(
+    model: Any,
+    windows: Tensor,
+    policies: Sequence[Policy],
+    settings: TrainSettings,
+    *,
+    validation: Tensor | None = None,
+    state_dir: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> TrainResult:
+    """Train a causal language model on windows [n, T] of token ids (``T = settings.length``), in place.
+
+    ``model`` is a transformers causal language model; policies (see ``Policy``) add losses, parameters and actions.
+    ``validation`` [m, T] is scored every ``validate_every`` steps and at the end. With ``state_dir``, checkpoints go
+    there, and a folder that holds one is resumed: the result is then, to the bit, that of a run never interrupted
+    (same torch, device and thread count), given the same model and arguments. The last checkpoint is left there.
+
+    SIGTERM and SIGINT end the run after the step at hand, with a checkpoint; policies are finalized, so the model is
+    always left stock unless an exception is raised. Step, loss, learning rate, tokens, speed, gradient norm and time
+    left go to ``on_event`` every ``log_every`` steps; ``validation_loss``, ``warning`` and ``resumed`` come as events
+    of their own.
+
+    Raises ShearlingError for unusable windows or settings, a checkpoint of another run, an unwritable ``state_dir``,
+    or five steps in a row without a finite loss and gradient.
+    """
+    device = next(model.parameters()).device
+    for name, ids in (("windows", windows), ("validation", validation)):
+        if ids is not None:
+            _check_windows(name, ids, settings, output_head(model).weight.shape[0])
+    frozen_before = [(p, p.requires_grad) for p in model.parameters()]
+    training_before = model.training
+    emit = on_event or (lambda event: None)
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda), StopSignals() as signals:
+            torch.manual_seed(derived_seed(settings.seed, "attach"))
+            for policy in policies:
+                policy.attach(model, settings)
+            optimizers = build_optimizers(model, policies, settings)
+            sampler = WindowSampler(len(windows), settings.seed)
+            run = Run(model, optimizers, sampler, tuple(policies), settings, windows, state_dir)
+            counters = run.resume(emit)
+            saved = counters.step
+            clock = Clock(counters)
+            model.train()
+            while counters.step < settings.steps and not signals.stopped:
+                event = _step(run, counters, device)
+                clock.tick(counters)
+                last = counters.step == settings.steps
+                if "warning" in event:
+                    emit(event)
+                elif last or counters.step == 1 or counters.step % settings.log_every == 0:
+                    emit(report(event, counters, settings, clock))
+                if counters.skipped_in_row == MAX_SKIPPED:
+                    raise ShearlingError(
+                        f"step {counters.step}: {MAX_SKIPPED} steps in a row without a finite loss and gradient; "
+                        f"lower the learning rate (now {settings.learning_rate:g}) or use a wider dtype"
+                    )
+                if validation is not None and (last or _due(counters.step, settings.validate_every)):
+                    loss = validation_loss(model, validation, settings)
+                    for policy in policies:
+                        policy.on_eval({"validation_loss": loss})
+                    emit({"step": counters.step, "validation_loss": loss})
+                if last or signals.stopped or _due(counters.step, settings.checkpoint_every):
+                    run.save(counters)
+                    saved = counters.step
+            stopped = counters.step < settings.steps
+            if stopped and saved < counters.step:
+                run.save(counters)
+            edits = tuple(edit for policy in policies for edit in policy.finalize())
+    finally:
+        for parameter, flag in frozen_before:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.train(training_before)
+    tokens = counters.step * settings.tokens_per_step
+    return TrainResult(
+        counters.step, tokens, counters.seconds, tuple(counters.losses), stopped, counters.skipped, edits
+    )
+
+
+@torch.no_grad()
+def validation_loss(model: Any, windows: Tensor, settings: TrainSettings) -> float:
+    """Mean next-token loss (nats) over windows [m, T], in evaluation mode; the training mode is put back."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = 0.0
+    for rows in windows.split(settings.micro_batch):
+        ids = rows.to(device).long()
+        with _autocast(device, settings):
+            weight, bias, softcap = output_head(model)
+            loss = chunked_cross_entropy(hidden_states(model, ids), weight, next_tokens(ids), softcap, bias=bias)
+        total += float(loss) * len(rows)
+    model.train(training)
+    return total / len(windows)
+
+
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """Labels [B, T]: the token after each one, -100 after the last."""
+    return nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
+
+
+def _step(run: Run, counters: Counters, device: torch.device) -> dict[str, Any]:
+    """One optimizer step; returns its event without the running quantities."""
+    settings, optimizers, policies = run.settings, run.optimizers, run.policies
+    step = counters.step
+    # seeded anew each step, so that resuming needs no generator's state
+    torch.manual_seed(derived_seed(settings.seed, "step", step))
+    rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", step))
+    ids = run.windows[run.sampler.take(settings.batch)].to(device).long()
+    rate = settings.rate(step)
+    optimizers.set_rate(rate)
+    optimizers.zero_grad()
+    for policy in policies:
+        policy.begin_step(step, rng)
+    ctx = StepContext(step, settings.steps, run.model, device, rate, ids, next_tokens(ids))
+    loss = _backward(ctx, policies, settings, ids)
+    gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+    counters.step += 1
+    counters.losses.append(loss_value)
+    event: dict[str, Any] = {"step": counters.step, "learning_rate": settings.learning_rate * rate}
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        counters.skipped += 1
+        counters.skipped_in_row += 1
+        what = "gradient" if math.isfinite(loss_value) else "loss"
+        return {**event, "warning": f"the {what} is not finite; the step was skipped", "skipped": counters.skipped}
+    counters.skipped_in_row = 0
+    if settings.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(optimizers.parameters, settings.clip, norm)
+    for policy in policies:
+        policy.after_backward(ctx)
+    optimizers.step()
+    for policy in policies:
+        policy.after_step(ctx)
+    return {**event, "grad_norm": norm_value, **ctx.metrics}
+
+
+def _backward(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, ids: Tensor) -> Tensor:
+    """Accumulate the gradients of a batch; returns its loss, detached. Several terms are noted in the metrics."""
+    total = torch.zeros((), device=ctx.device)
+    for rows in ids.split(settings.micro_batch):
+        share = len(rows) / len(ids)
+        ctx.input_ids, ctx.labels = rows, next_tokens(rows)
+        with _autocast(ctx.device, settings):
+            ctx.hidden = hidden_states(ctx.model, rows)
+            terms: dict[str, Tensor] = {}
+            if settings.cross_entropy:
+                weight, bias, softcap = output_head(ctx.model)
+                entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
+                terms["cross_entropy"] = settings.cross_entropy * entropy
+            for policy in policies:
+                for name, term in policy.loss_terms(ctx).items():
+                    assert name not in terms, f"two losses are called {name}"
+                    terms[name] = term
+        ctx.hidden = None
+        if not terms:
+            raise ShearlingError("cross_entropy=0 and no policy adds a loss: nothing to train on")
+        loss = torch.stack([term.to(torch.float32) for term in terms.values()]).sum() * share
+        loss.backward()
+        total += loss.detach()
+        if len(terms) > 1:
+            for name, term in terms.items():
+                ctx.metrics[name] = ctx.metrics.get(name, 0.0) + term.detach() * share
+    return total
+
+
+def _autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    dtype = settings.autocast or (torch.bfloat16 if device.type == "cuda" else None)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_windows(name: str, windows: Tensor, settings: TrainSettings, vocab: int) -> None:
+    if windows.ndim != 2 or not len(windows):
+        raise ShearlingError(
+            f"{name}: shape {tuple(windows.shape)}; must be [windows, tokens] with at least one window"
+        )
+    if windows.shape[1] != settings.length:
+        raise ShearlingError(f"{name}: {windows.shape[1]} tokens a window; length={settings.length} asks for another")
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocab:
+        raise ShearlingError(f"{name}: token ids {low} to {high}; the model's vocabulary is 0 to {vocab - 1}")

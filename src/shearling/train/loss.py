@@ -1,0 +1,165 @@
+"""Losses through the output head, a chunk of tokens at a time: no full logits tensor exists.
+
+Shapes: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shearling.train.head import Head
+
+#: label of a position that has no target
+IGNORE = -100
+
+#: (logits [n, V], rows, whether the slope is wanted) -> (loss, its derivative by the logits or None)
+ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    chunk: int = 512,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy of ``labels`` [...] under the logits of ``hidden`` [..., D] and ``head_weight`` [V, D].
+
+    Positions labelled -100 do not count; where all are, the loss is 0. ``labels`` are not shifted here. Products are
+    in the autocast type (else the type of ``hidden``), everything after them in float32 (float64 for float64 input).
+    Gradients are computed in the forward pass, chunk by chunk, and scaled in the backward one.
+    """
+    labels = labels.reshape(-1)
+    count = (labels != IGNORE).sum().clamp(min=1)
+
+    def chunk_loss(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+        ignored = (labels[rows] == IGNORE)[:, None]
+        target = labels[rows][:, None].masked_fill(ignored, 0)
+        norm = logits.logsumexp(1, keepdim=True)
+        loss = (norm - logits.gather(1, target)).masked_fill(ignored, 0).sum() / count
+        if not with_slope:
+            return loss, None
+        slope = (logits - norm).exp_()
+        slope.scatter_add_(1, target, torch.full_like(norm, -1))
+        return loss, slope.masked_fill_(ignored, 0).div_(count)
+
+    return _through_head(hidden, Head(head_weight, bias, softcap), chunk_loss, chunk)
+
+
+def chunked_divergence(
+    hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    labels: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> Tensor:
+    """Mean forward divergence KL(teacher || student) at a temperature, times its square (Hinton et al. 2015).
+
+    ``hidden`` [..., D] and ``teacher_hidden`` [..., D'] go through their own heads over one vocabulary; positions
+    whose ``labels`` are -100 do not count. The teacher gets no gradient. Precision as in chunked_cross_entropy.
+    """
+    ignored = (labels == IGNORE).reshape(-1)
+    count = (~ignored).sum().clamp(min=1)
+    taught = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
+    weight, bias, softcap = teacher_head
+    dtype = _product_dtype(taught)
+    weight = weight.detach().to(dtype)
+
+    def chunk_loss(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+        skip = ignored[rows][:, None]
+        student = (logits / temperature).log_softmax(1)
+        teacher = (_logits(taught[rows].to(dtype), weight, bias, softcap) / temperature).log_softmax(1)
+        share = teacher.exp()
+        loss = (share * (teacher - student)).sum(1, keepdim=True).masked_fill(skip, 0).sum()
+        loss = loss * (temperature**2 / count)
+        if not with_slope:
+            return loss, None
+        return loss, (student.exp_() - share).masked_fill_(skip, 0).mul_(temperature / count)
+
+    return _through_head(hidden, head, chunk_loss, chunk)
+
+
+def _through_head(hidden: Tensor, head: Head, chunk_loss: ChunkLoss, chunk: int) -> Tensor:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    # inside forward gradients are always off, so the question is asked here
+    grad = torch.is_grad_enabled()
+    dtype = _product_dtype(hidden)
+    return _ThroughHead.apply(flat, head.weight, head.bias, head.softcap, chunk_loss, chunk, dtype, grad)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits in float32 (float64 for float64 input)."""
+    logits = hidden @ weight.T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if bias is not None:
+        logits = logits + bias
+    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
+
+
+class _ThroughHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        chunk_loss: ChunkLoss,
+        chunk: int,
+        dtype: torch.dtype,
+        grad: bool,
+    ) -> Tensor:
+        with_hidden, with_weight, with_bias = (grad and needed for needed in ctx.needs_input_grad[:3])
+        with_slope = with_hidden or with_weight or with_bias
+        total_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=total_dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=total_dtype) if with_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=total_dtype) if with_bias and bias is not None else None
+        # products are cast by hand: under autocast the additions below would be cast too
+        with torch.autocast(hidden.device.type, enabled=False):
+            cast = weight.to(dtype)
+            for start in range(0, len(hidden), chunk):
+                rows = slice(start, min(start + chunk, len(hidden)))
+                states = hidden[rows].to(dtype)
+                logits = _logits(states, cast, bias, softcap)
+                value, slope = chunk_loss(logits, rows, with_slope)
+                loss += value
+                if slope is None:
+                    continue
+                if softcap is not None:
+                    slope = slope.mul_(1 - (logits / softcap).square_())
+                if grad_bias is not None:
+                    grad_bias += slope.sum(0)
+                slope = slope.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = slope @ cast
+                if grad_weight is not None:
+                    grad_weight += slope.T @ states
+        found = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(*(g for g in found if g is not None))
+        ctx.present = tuple(g is not None for g in found)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) if present else None for present in ctx.present]
+        scaled = (None if g is None else (g * grad_loss).to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
+        return (*scaled, None, None, None, None, None)

@@ -1,0 +1,100 @@
+"""How a method plugs into the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from shearling.plan import Edit
+    from shearling.train.settings import TrainSettings
+
+
+@dataclass
+class StepContext:
+    """What a policy sees of one step.
+
+    ``step`` counts from 0. ``rate`` is this step's learning rate over the settings' ``learning_rate``, for policies
+    with an optimizer of their own. ``input_ids`` and ``labels`` are [B, T] of the current micro-batch, ``labels[:, t]``
+    being the token after ``input_ids[:, t]`` and -100 where there is none; ``hidden`` is [B, T, D], the states before
+    the head, with their graph, and None outside ``loss_terms``. What a policy writes into ``metrics`` goes into the
+    next event.
+    """
+
+    step: int
+    total_steps: int
+    model: nn.Module
+    device: torch.device
+    rate: float
+    input_ids: Tensor
+    labels: Tensor
+    hidden: Tensor | None = None
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+
+
+class Policy:
+    """A method's part in training; every hook does nothing unless overridden.
+
+    Policies are called in their order in the list. Once: ``attach`` of all, ``param_groups`` and ``optimizer`` of
+    all, ``load_state_dict`` if a run is resumed. Then every step:
+
+        begin_step                  before anything is computed
+        loss_terms                  for each micro-batch, after the forward pass
+        (backward; gradients are checked and clipped; a step with a non-finite loss or gradient ends here)
+        after_backward              gradients of the whole batch are complete
+        (the loop's optimizer, then the policies' own)
+        after_step                  weights are new
+        on_eval                     only where validation is due
+        state_dict                  only where a checkpoint is due
+
+    and at the end ``finalize``, also of a run that a signal stopped.
+    """
+
+    def attach(self, model: nn.Module, settings: TrainSettings) -> None:
+        """Change the model for training (wrap linears, add buffers); torch's global generator is seeded."""
+
+    def param_groups(self) -> list[dict[str, Any]] | None:
+        """Groups for the loop's AdamW, ``{"params": [...]}`` with optional ``lr`` and ``weight_decay``.
+
+        The schedule scales ``lr``. Where no policy names a parameter here or in ``optimizer``, all parameters of the
+        model are trained; otherwise only those named.
+        """
+        return None
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """An optimizer of the policy's own, over parameters that no other holds; the loop steps and saves it.
+
+        Its parameters take part in the global gradient norm; its learning rates are left alone.
+        """
+        return None
+
+    def begin_step(self, step: int, rng: torch.Generator) -> None:
+        """Prepare a step; ``rng`` (CPU) depends on the seed and the step alone."""
+
+    def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
+        """Scalars added to the loss, each a mean over the micro-batch; names must be unique among policies."""
+        return {}
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Read or change the gradients; they are clipped already, and go to the optimizers as they are left."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Act on the new weights (refresh masks, project)."""
+
+    def on_eval(self, metrics: dict[str, float]) -> None:
+        """Read validation metrics (``validation_loss``)."""
+
+    def finalize(self) -> Sequence[Edit]:
+        """End training on the model, which becomes stock again, and return the edits that say what was done to it."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that is neither a trained parameter nor a buffer of the model: tensors, numbers, strings, nested."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""

@@ -1,0 +1,120 @@
+"""What a checkpoint of the loop holds, and how a run takes it up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.errors import ShearlingError
+from shearling.train.checkpoint import load_checkpoint, save_checkpoint
+from shearling.train.optimizers import Optimizers
+from shearling.train.policy import Policy
+from shearling.train.sampler import WindowSampler
+from shearling.train.settings import TrainSettings
+
+#: settings that a resumed run may change, since they leave the parameters alone
+_FREE = ("log_every", "checkpoint_every")
+
+
+@dataclass
+class Counters:
+    """How far a run is: steps done, seconds spent, total loss of each step, steps skipped."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a step changes or reads."""
+
+    model: Any
+    optimizers: Optimizers
+    sampler: WindowSampler
+    policies: tuple[Policy, ...]
+    settings: TrainSettings
+    windows: Tensor
+    state_dir: Path | None
+
+    def save(self, counters: Counters) -> None:
+        """Write a checkpoint, where there is a folder for it."""
+        if self.state_dir is None:
+            return
+        state = {
+            "run": self._fingerprint(),
+            "counters": vars(counters),
+            "sampler": self.sampler.state_dict(),
+            "model": self._tensors(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.all],
+            "policies": [policy.state_dict() for policy in self.policies],
+        }
+        save_checkpoint(self.state_dir, counters.step, state)
+
+    @torch.no_grad()
+    def resume(self, emit: Callable[[dict[str, Any]], None]) -> Counters:
+        """Take up the newest readable checkpoint, or start from nothing.
+
+        Raises ShearlingError when the checkpoint is of another run.
+        """
+        if self.state_dir is None:
+            return Counters()
+        state, broken = load_checkpoint(self.state_dir)
+        step = 0 if state is None else state["counters"]["step"]
+        for path in broken:
+            emit({"step": step, "warning": f"{path}: cannot be read; going on from step {step}"})
+            shutil.rmtree(path)
+        if state is None:
+            return Counters()
+        self._check(state["run"])
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state["model"][name])
+        for optimizer, content in zip(self.optimizers.all, state["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        for policy, content in zip(self.policies, state["policies"], strict=True):
+            policy.load_state_dict(content)
+        self.sampler.load_state_dict(state["sampler"])
+        emit({"step": step, "resumed": True})
+        return Counters(**state["counters"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Trained parameters and saved buffers (masks among them) of the model, by name."""
+        trained = {id(p) for p in self.optimizers.parameters}
+        parameters = {name: p.detach() for name, p in self.model.named_parameters() if id(p) in trained}
+        all_parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        state = self.model.state_dict()
+        buffers = {name: t for name, t in state.items() if isinstance(t, Tensor) and name not in all_parameters}
+        return parameters | buffers
+
+    def _fingerprint(self) -> dict[str, Any]:
+        settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in _FREE}
+        shapes = sorted((name, tuple(tensor.shape)) for name, tensor in self._tensors().items())
+        return {
+            **{name: str(value) for name, value in settings.items()},
+            "policies": ", ".join(type(policy).__name__ for policy in self.policies),
+            "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+            "windows": _digest(self.windows),
+        }
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        for name, value in self._fingerprint().items():
+            if saved.get(name) != value:
+                raise ShearlingError(
+                    f"{self.state_dir}: holds a run with {name}={saved.get(name)}, this one has {value}; "
+                    "use another folder, or delete this one to start anew"
+                )
+
+
+def _digest(windows: Tensor) -> str:
+    content = windows.cpu().long().contiguous()
+    return hashlib.sha256(repr(tuple(content.shape)).encode() + content.numpy().tobytes()).hexdigest()
