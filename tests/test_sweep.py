@@ -37,9 +37,18 @@ def test_statistics_against_float64(family: str) -> None:
     walk = Walk(model, tokens, batch=2)
     block = walk.blocks[1]
     linear = block.get_submodule(walk.anatomy.family.ffn_output)
-    linear.register_forward_pre_hook(lambda m, args: seen["x"].append(args[0].flatten(0, -2).double()))
-    block.register_forward_hook(lambda m, args, y: (seen["in"].append(args[0].double()), seen["out"].append(y.double())))
+
+    def see(module: Any, args: Any, y: torch.Tensor) -> None:
+        seen["in"].append(args[0].double())
+        seen["out"].append(y.double())
+
+    handles = [
+        linear.register_forward_pre_hook(lambda m, args: seen["x"].append(args[0].flatten(0, -2).double())),
+        block.register_forward_hook(see),
+    ]
     model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
     x, before, after = (torch.cat(seen[key]) for key in ("x", "in", "out"))
     found = measure(walk, ffn_gram=True)[1]
     plain = measure(walk)[1]

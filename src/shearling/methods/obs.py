@@ -68,7 +68,7 @@ def eliminate(
     gone = torch.zeros(width // unit, dtype=torch.bool, device=gram.device)
     offsets = torch.arange(unit, device=gram.device)
     while len(order) < remove:
-        rises = _rises(weight, inverse, unit).masked_fill(gone, torch.inf)
+        rises = _rises(weight, inverse, unit, gone)
         count = min(batch, remove - len(order))
         chosen = rises.topk(count, largest=False, sorted=True).indices
         columns = (chosen[:, None] * unit + offsets).flatten()
@@ -81,20 +81,22 @@ def eliminate(
             cost.append(cost[-1] + share * total)
         weight = weight - taken @ step
         inverse = inverse - inverse[:, columns] @ step
+        # exact zeros, where rounding left some dust
+        weight[:, columns] = 0
+        inverse[columns] = 0
+        inverse[:, columns] = 0
         gone[chosen] = True
         order.extend(chosen.tolist())
     return Elimination(order, cost)
 
 
-def _rises(weight_DI: Tensor, inverse_II: Tensor, unit: int) -> Tensor:
-    """Rise of the objective for each unit removed alone."""
+def _rises(weight_DI: Tensor, inverse_II: Tensor, unit: int, gone: Tensor) -> Tensor:
+    """Rise of the objective for each unit removed alone; infinite for those that are gone."""
     if unit == 1:
-        return weight_DI.square().sum(0) / inverse_II.diagonal().clamp(min=1e-300)
+        diagonal = inverse_II.diagonal().masked_fill(gone, 1)
+        return (weight_DI.square().sum(0) / diagonal).masked_fill(gone, torch.inf)
     num = weight_DI.shape[1] // unit
-    diagonal = torch.stack([inverse_II[u * unit : (u + 1) * unit, u * unit : (u + 1) * unit] for u in range(num)])
-    # a unit that is gone left zeros behind; its value is masked by the caller
-    eye = torch.eye(unit, dtype=diagonal.dtype, device=diagonal.device)
-    empty = (diagonal.diagonal(dim1=1, dim2=2).abs().sum(1) < 1e-200)[:, None, None]
+    blocks = torch.stack([inverse_II[u * unit : (u + 1) * unit, u * unit : (u + 1) * unit] for u in range(num)])
+    blocks[gone] = torch.eye(unit, dtype=blocks.dtype, device=blocks.device)
     columns = weight_DI.unflatten(1, (num, unit)).permute(1, 2, 0)
-    solved = torch.linalg.solve(torch.where(empty, eye, diagonal), columns)
-    return (columns * solved).sum((1, 2))
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2)).masked_fill(gone, torch.inf)
