@@ -91,7 +91,9 @@ def test_scores_by_definition() -> None:
     gate = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     inputs = InputStatistics(50, x.sum(0), x.square().sum(0))
     n = x.square().mean(0).sqrt()
-    assert scores.wanda(w, inputs).tolist() == pytest.approx([sum(abs(w[i, j]) for i in range(4)).item() / 4 * n[j].item() for j in range(6)])
+    assert scores.wanda(w, inputs).tolist() == pytest.approx(
+        [sum(abs(w[i, j]) for i in range(4)).item() / 4 * n[j].item() for j in range(6)]
+    )
     assert scores.flap(w, inputs).tolist() == pytest.approx((x.var(0, unbiased=False) * w.square().sum(0)).tolist())
     eq8 = [
         sum((abs(w[i, j]) / w[i].abs().sum() * n[j] / n.sum()).item() for i in range(4))

@@ -7,47 +7,25 @@ import time
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shearling.errors import ShearlingError
 from shearling.evaluate import generate_samples, speed
+from tests.tiny import FAMILIES, VOCAB, tiny_model
 
-WORDS = ["<s>", *(f"▁w{index}" for index in range(1, 64))]
-SIZES = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    # a tied head would mostly repeat the last word
-    "tie_word_embeddings": False,
-}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2),
-    "gemma2": Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=4),
-    "gpt2": GPT2Config(
-        vocab_size=len(WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=32, tie_word_embeddings=False
-    ),
-    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+WORDS = ["<s>", *(f"▁w{index}" for index in range(1, VOCAB))]
+OWN = {
+    "opt": {"max_position_embeddings": 32},
+    "gpt2": {"n_positions": 32},
+    # windows shorter than what is written
+    "gemma2": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
 }
 
 
 def make(family: str = "llama") -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3)
+    # a tied head would mostly repeat the last word
+    model = tiny_model(family, tie_word_embeddings=False, **OWN.get(family, {}))
     model.generation_config.eos_token_id = None
     return model
 
@@ -73,7 +51,7 @@ def written(ids: list[int]) -> str:
     return "".join(WORDS[index].replace("▁", " ") for index in ids if index >= 1)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_samples_equal_decoding_without_a_cache(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model = make(family)
     prompts = ["w3 w4 w5", "w9"]

@@ -133,7 +133,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Characters, and a few pairs of them, so that context and continuation can merge."""
-    alphabet = sorted({char for char in map(chr, range(32, 127))} | {"\n"})
+    alphabet = sorted(set(map(chr, range(32, 127))) | {"\n"})
     vocab = {token: index for index, token in enumerate(["<s>", *alphabet, "th", " t", "ing"])}
     inner = Tokenizer(
         models.WordPiece(vocab, unk_token="<s>", continuing_subword_prefix="", max_input_chars_per_word=9999)

@@ -26,9 +26,7 @@ SECTIONS = [
     *("headline", "quality", "sizes", "widths", "training", "cost"),
     *("samples", "loading", "engines", "recipe", "versions"),
 ]
-HOSTILE = (
-    """</title></style></pre><script>alert(1)</script><img src=x onerror="f()">'"{{7*7}}&amp;"""
-)
+HOSTILE = """</title></style></pre><script>alert(1)</script><img src=x onerror="f()">'"{{7*7}}&amp;"""
 HUGE = pytest.param(10**400, id="huge")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -89,9 +87,7 @@ def metrics_of() -> dict[str, Any]:
             {"name": "measure", "seconds": 61.4, "peak_bytes": 1_900_000_000},
             {"name": "recover", "seconds": 203.4, "peak_bytes": 2_900_000_000},
         ],
-        "samples": [
-            {"prompt": "Once upon", "dense": story, "pruned": story[:90], "recovered": story[9:]}
-        ],
+        "samples": [{"prompt": "Once upon", "dense": story, "pruned": story[:90], "recovered": story[9:]}],
     }
 
 
@@ -239,9 +235,7 @@ def test_any_part_of_the_metrics_may_be_absent(full_run: Path, key: str) -> None
     metrics = metrics_of()
     del metrics[key]
     absent = {"samples": "samples", "versions": "versions"}.get(key)
-    assert page_of(write_run(full_run, metrics=metrics)).sections() == [
-        name for name in SECTIONS if name != absent
-    ]
+    assert page_of(write_run(full_run, metrics=metrics)).sections() == [name for name in SECTIONS if name != absent]
 
 
 @pytest.mark.parametrize("key", list(plan_of()))
@@ -418,9 +412,7 @@ def test_an_unfinished_last_event_is_left_out(full_run: Path) -> None:
         ("recipe.yaml", b"\xff", "recipe.yaml: cannot be read"),
     ],
 )
-def test_an_unreadable_file_is_named(
-    full_run: Path, name: str, content: str | bytes, message: str
-) -> None:
+def test_an_unreadable_file_is_named(full_run: Path, name: str, content: str | bytes, message: str) -> None:
     before = write_report(full_run).read_bytes()
     (full_run / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ShearlingError, match=re.escape(message)) as caught:

@@ -27,7 +27,7 @@ def config_updates(anatomy: Anatomy) -> dict[str, Any]:
     """Config fields that state this anatomy; with a ``shearling`` entry where the stock config cannot."""
     fields = anatomy.family.config
     first = anatomy.shapes[0]
-    values = {
+    values: dict[str, int | None] = {
         "layers": anatomy.num_layers,
         "hidden": anatomy.hidden,
         "ffn": first.ffn,
@@ -40,7 +40,9 @@ def config_updates(anatomy: Anatomy) -> dict[str, Any]:
         # the stock constructor runs before the widths are set, so its own consistency checks must pass
         values["query_heads"] = values["kv_heads"] = None
         values["head_dim"] = anatomy.head_dim if "head_dim" in fields else None
-    updates = {fields[size]: value for size, value in values.items() if size in fields and value is not None}
+    updates: dict[str, Any] = {
+        fields[size]: value for size, value in values.items() if size in fields and value is not None
+    }
     if not stock:
         updates["shearling"] = {
             "ffn": [shape.ffn for shape in anatomy.shapes],

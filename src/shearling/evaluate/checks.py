@@ -40,7 +40,7 @@ def check_windows(model: PreTrainedModel, tokens: Tensor, *, context: int, batch
         raise ShearlingError(f"{what}: {tokens.numel()} tokens do not fill one window; context {context} needs as many")
     check_length(model, context, f"{what}: context")
     lowest, highest = int(tokens.min()), int(tokens.max())
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]  # pyrefly: ignore[bad-index]
     if lowest < 0 or highest >= rows:
         raise ShearlingError(
             f"{what}: token id {lowest if lowest < 0 else highest} lies outside the model's 0..{rows - 1}; "

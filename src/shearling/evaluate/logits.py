@@ -52,7 +52,7 @@ def logits_in_pieces(model: PreTrainedModel, ids_BT: Tensor, select_BT: Tensor) 
     if decoder is model or model.get_output_embeddings() is None:
         raise ShearlingError(f"{type(model).__name__}: has no language-modelling head; load it as AutoModelForCausalLM")
     device = model.get_input_embeddings().weight.device
-    outputs = decoder(input_ids=ids_BT.to(device), use_cache=False)
+    outputs = decoder(input_ids=ids_BT.to(device), use_cache=False)  # pyrefly: ignore[no-matching-overload]
     hidden_BTD = outputs.last_hidden_state
     hidden_ND = hidden_BTD[select_BT.to(hidden_BTD.device)]
     for hidden_nD in hidden_ND.split(max(1, PIECE // vocabulary(model))):

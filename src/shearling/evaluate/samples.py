@@ -41,7 +41,7 @@ def _sample(
         prompt_ids = [tokenizer.bos_token_id]
     check_length(model, len(prompt_ids) + max_new_tokens, "samples: prompt and continuation")
     device = model.get_input_embeddings().weight.device
-    ids_1T: Tensor = torch.tensor([prompt_ids], device=device)
+    ids_1T: Tensor = torch.tensor([prompt_ids], device=device)  # pyrefly: ignore[bad-argument-type]
     cache, written = None, []
     while len(written) < max_new_tokens:
         ids_1T, cache = greedy_step(model, ids_1T, cache)
@@ -56,9 +56,9 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], wri
     # some tokenizers drop the space before a first word, so the whole is decoded and the prompt taken off
     head = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     whole = tokenizer.decode(prompt_ids + written, skip_special_tokens=True)
-    if whole.startswith(head):
-        return whole[len(head) :]
-    return tokenizer.decode(written, skip_special_tokens=True)
+    if whole.startswith(head):  # pyrefly: ignore[missing-attribute]
+        return whole[len(head) :]  # pyrefly: ignore[bad-return]
+    return tokenizer.decode(written, skip_special_tokens=True)  # pyrefly: ignore[bad-return]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

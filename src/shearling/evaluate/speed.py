@@ -51,6 +51,7 @@ def speed(
     check_length(model, prompt + generate, "speed: prompt and continuation")
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
+    # pyrefly: ignore[no-matching-overload]
     ids_BT = torch.randint(vocabulary(model), (batch, prompt), generator=generator).to(device)
     with evaluating(model):
         _timed_run(model, ids_BT, generate)
@@ -60,8 +61,8 @@ def speed(
     return Speed(
         prefill_tokens_per_second=batch * prompt / statistics.median(prefill for prefill, _ in times),
         decode_tokens_per_second=batch * generate / statistics.median(decode for _, decode in times),
-        peak_bytes=_peak_bytes(device),
-        device=_device_name(device),
+        peak_bytes=_peak_bytes(device),  # pyrefly: ignore[bad-argument-type]
+        device=_device_name(device),  # pyrefly: ignore[bad-argument-type]
         prompt=prompt,
         generate=generate,
         batch=batch,
@@ -90,7 +91,7 @@ def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if platform.system() == "Windows":
-        return psutil.Process().memory_info().peak_wset
+        return psutil.Process().memory_info().peak_wset  # pyrefly: ignore[missing-attribute]
     import resource  # absent on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,8 +16,8 @@ from shearling.surgery import resize_
 @cache
 def per_layer_classes(model_type: str) -> tuple[type[Any], type[Any]]:
     """Config and causal-LM class of a family with per-layer widths: the stock classes, resized after they are built."""
-    stock_config = CONFIG_MAPPING[model_type]
-    stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    stock_config: Any = CONFIG_MAPPING[model_type]
+    stock_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     config_class = type(
         f"Shearling{stock_config.__name__}",
         (stock_config,),

@@ -31,8 +31,8 @@ class EffectiveLinear(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         assert is_linear(base), type(base)
-        self.weight: nn.Parameter = base.weight
-        self.register_parameter("bias", base.bias)
+        self.weight: nn.Parameter = base.weight  # pyrefly: ignore[bad-assignment]
+        self.register_parameter("bias", base.bias)  # pyrefly: ignore[bad-argument-type]
         #: Conv1D stores [in, out]
         self.transposed = isinstance(base, Conv1D)
         self.transforms = nn.ModuleList()
@@ -79,6 +79,7 @@ class EffectiveLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.effective_weight()
         if self.transposed:
+            # pyrefly: ignore[bad-argument-type]
             y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
         else:
             y = nn.functional.linear(x, weight, self.bias)
@@ -94,7 +95,7 @@ class EffectiveLinear(nn.Module):
             else:
                 plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         plain.weight = self.weight
-        plain.bias = self.bias
+        plain.bias = self.bias  # pyrefly: ignore[bad-argument-type, bad-assignment]
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
@@ -154,4 +155,4 @@ def _replace(model: nn.Module, new: dict[nn.Module, EffectiveLinear] | dict[Effe
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new:
-                setattr(parent, name, new[child])
+                setattr(parent, name, new[child])  # pyrefly: ignore[bad-index]

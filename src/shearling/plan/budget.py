@@ -51,9 +51,7 @@ def round_to_total(
             f"{sum(ceil_units) * multiple} (multiples of {multiple}); choose another sparsity or a smaller round_to"
         )
     wish = [amount / multiple for amount in ideal]
-    result = [
-        min(max(math.floor(w + 1e-9), a), b) for w, a, b in zip(wish, floor_units, ceil_units, strict=True)
-    ]
+    result = [min(max(math.floor(w + 1e-9), a), b) for w, a, b in zip(wish, floor_units, ceil_units, strict=True)]
     missing = units - sum(result)
     while missing:
         step = 1 if missing > 0 else -1

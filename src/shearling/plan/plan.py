@@ -61,9 +61,7 @@ class Plan:
 
     def _block(self, new: int, old: int) -> dict[str, Any]:
         before, after = self.anatomy_before.shapes[old], self.anatomy_after.shapes[new]
-        widths = {
-            name: [getattr(before, name), getattr(after, name)] for name in ("ffn", "query_heads", "kv_heads")
-        }
+        widths = {name: [getattr(before, name), getattr(after, name)] for name in ("ffn", "query_heads", "kv_heads")}
         return {"layer": old, **widths, **({"importance": self.importance[old]} if self.importance else {})}
 
 

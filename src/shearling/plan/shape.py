@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def check_structure(anatomy: Anatomy, structure: Structure) -> None:
         size = _units(anatomy, space)
         if not indices:
             raise ShearlingError(f"{space}: nothing would be left of {size}; keep at least one")
-        if any(b <= a for a, b in zip(indices, indices[1:], strict=False)) or indices[0] < 0 or indices[-1] >= size:
+        if any(b <= a for a, b in itertools.pairwise(indices)) or indices[0] < 0 or indices[-1] >= size:
             raise ShearlingError(f"{space}: indices must increase within 0..{size - 1}")
     for layer in range(anatomy.num_layers):
         groups, heads = _kept_heads(anatomy, structure, layer)

@@ -95,8 +95,4 @@ def _events(path: Path) -> list[Record]:
     text = _text(path)
     lines = text.split("\n")
     # A killed run leaves its last line unfinished; every finished one ends in a newline.
-    return [
-        _parse(line, f"{path}, line {number}")
-        for number, line in enumerate(lines[:-1], start=1)
-        if line.strip()
-    ]
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], start=1) if line.strip()]

@@ -52,8 +52,7 @@ def width_plot(
         sides = svg.nice_ticks(min(0.0, *known), max(known), 4)
         side = svg.Scale(sides[0], sides[-1], bottom, TOP)
         points = [
-            None if value is None else (across(layer + 0.5), side(value))
-            for layer, value in enumerate(importance)
+            None if value is None else (across(layer + 0.5), side(value)) for layer, value in enumerate(importance)
         ]
         body += [
             svg.text(WIDTH, 14, "block importance", "label importance", "end"),

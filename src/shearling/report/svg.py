@@ -27,9 +27,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def nice_ticks(
-    low: float, high: float, count: int = 5, *, whole: bool = False
-) -> tuple[float, ...]:
+def nice_ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> tuple[float, ...]:
     """Ascending ticks that enclose [low, high], evenly spaced by 1, 2 or 5 times a power of ten.
 
     At most count + 2 of them and at least two; `whole` keeps them whole numbers. Finite values of
@@ -97,7 +95,7 @@ def picture(name: str, title: str, description: str, size: tuple[float, float], 
     }
     heading = element("title", {"id": names["title"]}, escape(title))
     summary = element("desc", {"id": names["desc"]}, escape(description))
-    return element("svg", attributes, heading, summary, *body)
+    return element("svg", attributes, heading, summary, *body)  # pyrefly: ignore[bad-argument-type]
 
 
 def axis_left(ticks: Sequence[float], scale: Scale, left: float, right: float) -> str:

@@ -70,7 +70,7 @@ def conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
             setattr(module, leaf, quantities[quantity])
     for module in block.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = layer
+            module.layer_idx = layer  # pyrefly: ignore[bad-argument-type]
     for path in anatomy.family.reads_config:
         # the stock code asks its config for head counts at run time, and all blocks share one config
         module: Any = block.get_submodule(path)

@@ -9,9 +9,7 @@ from shearling.anatomy import Anatomy
 from shearling.plan import Structure, kept_elements
 
 
-def axis_indices(
-    anatomy: Anatomy, structure: Structure, parts: tuple[str, ...], layer: int | None
-) -> list[int] | None:
+def axis_indices(anatomy: Anatomy, structure: Structure, parts: tuple[str, ...], layer: int | None) -> list[int] | None:
     """Elements that stay along an axis that stores ``parts`` one after the other; None where all do."""
     if parts == ("fixed",) or layer is None:
         return None

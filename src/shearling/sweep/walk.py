@@ -98,11 +98,12 @@ class Walk:
         """Run everything before the first block, and keep what every block is called with."""
         family = self.anatomy.family
         home = next(self.model.parameters()).device
-        recorders = nn.ModuleList(_Recorder(block) for block in self.blocks)
+        recorders = [_Recorder(block) for block in self.blocks]
         moved: dict[int, Any] = {}
         entry = None
-        with _replaced(self.model, family.blocks, recorders), _replaced(
-            self.model, family.final_norm, nn.Identity()
+        with (
+            _replaced(self.model, family.blocks, nn.ModuleList(recorders)),
+            _replaced(self.model, family.final_norm, nn.Identity()),
         ):
             for start in range(0, len(tokens), self.batch):
                 ids = tokens[start : start + self.batch].to(home)

@@ -158,7 +158,7 @@ class _ThroughHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if present else None for present in ctx.present]
         scaled = (None if g is None else (g * grad_loss).to(d) for g, d in zip(grads, ctx.dtypes, strict=True))

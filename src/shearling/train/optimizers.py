@@ -57,8 +57,9 @@ def build_optimizers(model: nn.Module, policies: Sequence[Policy], settings: Tra
             {"params": [p for p in parameters if p.ndim > 1]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = [{**group, "params": list(group["params"])} for group in groups]  # pyrefly: ignore[bad-argument-type]
     groups = [group for group in groups if group["params"]]
+    # pyrefly: ignore[not-iterable]
     _check(model, [p for group in (*groups, *(g for o in own for g in o.param_groups)) for p in group["params"]])
     optimizers = Optimizers(_adamw(groups, settings) if groups else None, own)
     trained = {id(p) for p in optimizers.parameters}

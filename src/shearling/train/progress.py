@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,7 +25,7 @@ class TrainProgress:
         )
         self._task = self._progress.add_task("training", total=total_steps, state="")
 
-    def __enter__(self) -> TrainProgress:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
