@@ -32,8 +32,8 @@ OnEvent = Callable[[dict[str, Any]], None]
 class TrainResult:
     """What a run did, over all its sessions.
 
-    ``losses`` has the total loss of every step, NaN or infinite where it was ``skipped``; ``stopped`` says that a signal
-    ended the run before its budget; ``edits`` are what the policies' ``finalize`` returned, in order.
+    ``losses`` has the total loss of every step, NaN or infinite where it was ``skipped``; ``stopped`` says that a
+    signal ended the run before its budget; ``edits`` are what the policies' ``finalize`` returned, in order.
     """
 
     steps: int
