@@ -35,7 +35,9 @@ def case(seed, tokens, width, vocab, ignored):
 
 
 def leaves(*tensors, dtype):
-    return [None if t is None else t.to(dtype).requires_grad_() for t in (t if t is None else t.clone() for t in tensors)]
+    return [
+        None if t is None else t.to(dtype).requires_grad_() for t in (t if t is None else t.clone() for t in tensors)
+    ]
 
 
 @hypothesis_settings(max_examples=30, deadline=None)

@@ -1,0 +1,105 @@
+"""Text sources, token streams and windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shearling.data import corpus_tokens, read_texts, tokens_digest, windows
+from shearling.data.stdlib import PARTS
+from shearling.errors import ShearlingError
+
+
+class Letters:
+    """A tokenizer whose tokens are code points."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
+        assert options["add_special_tokens"] is False
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
+ROWS = ["one", "", "three"]
+
+
+def test_every_file_type_gives_the_same_documents(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in ROWS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (tmp_path / "c.txt").write_text("one")
+    assert list(read_texts(tmp_path / "a.jsonl")) == ROWS
+    assert list(read_texts(tmp_path / "b.jsonl.zst")) == ROWS
+    assert list(read_texts(tmp_path / "c.txt")) == ["one"]
+    assert list(read_texts(tmp_path)) == [*ROWS, *ROWS, "one"]
+
+
+def test_streams(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    whole = corpus_tokens(path, Letters(), whole=True)
+    assert "".join(map(chr, whole)) == "one\n\n\n\nthree"
+    assert "".join(map(chr, corpus_tokens(path, Letters()))) == "one\0three\0"
+    assert len(corpus_tokens(path, Letters(), max_tokens=5)) == 5
+    assert len(corpus_tokens(path, Letters(), whole=True, max_tokens=5)) == 5
+
+
+def test_stdlib_parts_share_nothing() -> None:
+    parts = {part: list(read_texts(f"stdlib:{part}")) for part in PARTS}
+    for part, texts in parts.items():
+        others = {text for other, found in parts.items() if other != part for text in found}
+        assert not others.intersection(texts)
+        assert texts == list(read_texts(f"stdlib:{part}"))
+    sizes = {part: sum(map(len, texts)) for part, texts in parts.items()}
+    assert sizes["calibration"] > 600_000
+    assert sizes["evaluation"] > 400_000
+    assert sizes["recovery"] > 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.txt", None, "no such file"),
+        ("a.jsonl", '{"text": 1}\n', 'a.jsonl:1: "text" is no string'),
+        ("a.jsonl", '{"text": "x"}\n{"test": "x"}\n', "a.jsonl:2: is no JSON object"),
+        ("a.csv", "x", "cannot be read as text"),
+        ("a.txt", "", "is empty"),
+    ],
+)
+def test_bad_sources(tmp_path: Path, name: str, content: str | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ShearlingError, match=says):
+        corpus_tokens(tmp_path / name, Letters())
+
+
+def test_unknown_stdlib_part() -> None:
+    with pytest.raises(ShearlingError, match="stdlib:recovery"):
+        list(read_texts("stdlib:training"))
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 6), st.none() | st.integers(0, 9))
+def test_windows_never_overlap(total: int, length: int, num: int, seed: int | None) -> None:
+    tokens = torch.arange(total)
+    if total < num * length:
+        with pytest.raises(ShearlingError, match=f"{num * length} needed"):
+            windows(tokens, num, length, seed=seed)
+        return
+    found = windows(tokens, num, length, seed=seed)
+    assert found.shape == (num, length)
+    assert len(set(found.flatten().tolist())) == num * length
+    if seed is None:
+        assert torch.equal(found.flatten(), tokens[: num * length])
+
+
+def test_digest_sees_shape_and_content() -> None:
+    tokens = torch.arange(6)
+    assert tokens_digest(tokens) == tokens_digest(tokens.clone())
+    assert tokens_digest(tokens) != tokens_digest(tokens.view(2, 3))
+    assert tokens_digest(tokens) != tokens_digest(tokens.flip(0))
