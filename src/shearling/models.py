@@ -135,11 +135,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # it describes the file the weights came from, and would refuse to be saved
+        # these describe the file that the weights came from, and would refuse to be saved
+        model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+        tokenizer.save_pretrained(unfinished)
         try:
             unfinished.replace(folder)
         except OSError:
