@@ -271,8 +271,10 @@ def test_only_what_policies_name_is_trained():
     changed = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
     assert changed == {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"}
     # Adam's first step moves every weight by its learning rate
-    moved = (policy.up - before["model.layers.0.mlp.up_proj.weight"]).abs()
-    assert moved.max() == pytest.approx(1e-3, rel=1e-3) and moved.median() == pytest.approx(1e-3, rel=1e-3)
+    moved = (policy.up.detach() - before["model.layers.0.mlp.up_proj.weight"]).abs()
+    assert moved.max().item() == pytest.approx(1e-3, rel=1e-3) and moved.median().item() == pytest.approx(
+        1e-3, rel=1e-3
+    )
     assert policy.rates == [settings.rate(0)]
 
 
@@ -422,7 +424,7 @@ def test_validation_leaves_the_training_mode():
 
 def test_progress_shows_events():
     out = io.StringIO()
-    with TrainProgress(3, Console(file=out, width=120, force_terminal=True)) as progress:
+    with TrainProgress(3, Console(file=out, width=120)) as progress:
         progress({"step": 1, "resumed": True})
         progress({"step": 2, "warning": "odd"})
         progress({"step": 2, "validation_loss": 1.5})

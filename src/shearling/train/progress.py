@@ -42,9 +42,12 @@ class TrainProgress:
             )
             self._progress.update(self._task, completed=event["step"], state=state)
         elif "validation_loss" in event:
-            self._progress.console.print(f"step {event['step']}: validation loss {event['validation_loss']:.4f}")
+            self._say(f"step {event['step']}: validation loss {event['validation_loss']:.4f}")
         elif "warning" in event:
-            self._progress.console.print(f"step {event['step']}: {event['warning']}")
+            self._say(f"step {event['step']}: {event['warning']}")
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
 
 
 def _duration(seconds: float) -> str:
