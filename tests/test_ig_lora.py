@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import peft
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_ranks_meet_the_budget_and_the_bounds_and_follow_the_order(importance, m
     else:
         ordered = [rank for _, rank in sorted(zip(importance, ranks, strict=True), key=lambda pair: pair[0])]
         # equal or nearly equal importances may differ by the one unit that rounding leaves
-        assert all(later >= earlier - 1 for earlier, later in zip(ordered, ordered[1:], strict=False))
+        assert all(later >= earlier - 1 for earlier, later in pairwise(ordered))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
