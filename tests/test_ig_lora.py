@@ -14,6 +14,8 @@ from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks, block_linears, peft_config
 from shearling.nn import EffectiveLinear
+from shearling.plan import Structure
+from shearling.surgery import cut_
 from shearling.train import TrainSettings, train
 from tests.tiny import FAMILIES, tiny_model, tiny_tokens
 
@@ -90,11 +92,9 @@ def test_unusable_ranks_and_modes_are_refused():
 
 
 def cut_llama():
-    """A llama whose second block is narrower than its config says, as surgery leaves it."""
+    """A llama whose blocks differ in width."""
     model = tiny_model("llama")
-    block = model.model.layers[1].mlp
-    block.gate_proj, block.up_proj = nn.Linear(32, 20, False), nn.Linear(32, 20, False)
-    block.down_proj = nn.Linear(20, 32, False)
+    cut_(model, [Structure({"ffn.1": tuple(range(20)), "kv_group.0": (1,)})])
     return model
 
 
