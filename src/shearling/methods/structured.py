@@ -1,0 +1,254 @@
+"""One-shot structured pruning: from statistics to edits, for every method of the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.anatomy import Anatomy
+from shearling.errors import ShearlingError
+from shearling.methods import scores
+from shearling.methods.cfsp import block_importance, keep_ratios, reference_widths
+from shearling.methods.obs import eliminate, refit
+from shearling.plan import (
+    Delta,
+    Edit,
+    Plan,
+    Sizes,
+    Structure,
+    inventory_after,
+    inventory_of,
+    round_to_total,
+    shape_after,
+    sizes,
+    unit_parameters,
+)
+from shearling.recipe import CFSP, Baseline, CFSPReference, Shearling
+from shearling.sweep import BlockStatistics, Walk, fingerprint, measure
+
+OnEvent = Callable[[dict[str, Any]], None]
+Settings = CFSP | CFSPReference | Shearling | Baseline
+
+#: share of the mean diagonal added to Gram matrices where nothing else is said
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan and the edits that make it true."""
+
+    plan: Plan
+    edits: tuple[Edit, ...]
+
+
+def plan_structured(
+    model: Any,
+    tokens: Tensor,
+    settings: Settings,
+    *,
+    batch: int = 8,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    state_dir: Path | None = None,
+    on_event: OnEvent | None = None,
+    name: str = "",
+) -> Outcome:
+    """Measure a model on calibration windows [num, T] and decide what goes.
+
+    The model is left as it is; carry the edits out with ``surgery.cut_``. ``state_dir`` keeps finished blocks, so
+    that a killed measurement goes on where it stopped. Raises ShearlingError for a budget that cannot be met and
+    for activations that are not finite.
+    """
+    walk = Walk(model, tokens, batch=batch, device=device)
+    anatomy, inventory = walk.anatomy, inventory_of(model)
+    budget = channels_to_remove(anatomy, inventory, settings)
+    if isinstance(settings, Shearling):
+        # the other file of the family; it imports this one's budget
+        from shearling.methods.shearling import plan_sequential
+
+        importance, edits = plan_sequential(walk, inventory, settings, budget, state_dir=state_dir, on_event=on_event)
+    else:
+        grams = isinstance(settings, CFSP) and (settings.refit or settings.score == "obs")
+        cache = None if state_dir is None else state_dir / fingerprint(model, tokens, "dense", grams, batch)[:16]
+        found = measure(walk, ffn_gram=grams, cache=cache, on_event=on_event)
+        importance, edits = decide(walk, found, settings, budget, seed)
+    return Outcome(_plan(name, settings.method, anatomy, inventory, edits, importance), tuple(edits))
+
+
+def preview(model: Any, settings: Settings, name: str = "") -> Plan:
+    """The plan's totals before anything is measured: every block at the mean width. ``model`` may be on meta."""
+    walkless = model.get_submodule  # a causal language model, weights or not
+    assert walkless
+    from shearling.anatomy import anatomy_of
+
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    budget = channels_to_remove(anatomy, inventory, settings)
+    widths = share_out([1.0] * anatomy.num_layers, anatomy, budget, settings)
+    kept = {f"ffn.{layer}": tuple(range(width)) for layer, width in enumerate(widths)}
+    return _plan(name, settings.method, anatomy, inventory, [Structure(kept)], ())
+
+
+def channels_to_remove(anatomy: Anatomy, inventory: Any, settings: Settings) -> int:
+    """The budget in FFN channels over all blocks; ShearlingError where the FFN layers cannot pay for it."""
+    total = sum(shape.ffn for shape in anatomy.shapes)
+    if settings.of == "ffn":
+        return round(settings.sparsity * total)
+    channel, _ = unit_parameters(inventory, anatomy, 0)
+    before: Sizes = sizes(inventory, anatomy)
+    # one channel weighs the same share of the bytes as of the parameters wherever the dtype is one
+    wanted = before.parameters if settings.of == "parameters" else before.bytes * before.parameters / before.bytes
+    remove = round(settings.sparsity * wanted / channel)
+    if remove > total - anatomy.num_layers:
+        limit = (total - anatomy.num_layers) * channel / before.parameters
+        raise ShearlingError(
+            f"sparsity={settings.sparsity:g} of {settings.of}: the FFN channels are {limit:.3f} of the model, "
+            "choose less"
+        )
+    return remove
+
+
+def share_out(importance: Sequence[float], anatomy: Anatomy, remove: int, settings: Settings) -> list[int]:
+    """Widths of all blocks: importance scaled to the mean kept share, whole channels, the total met exactly."""
+    full = [shape.ffn for shape in anatomy.shapes]
+    total = sum(full) - remove
+    if settings.uniform:
+        width = round(total / len(full) / settings.round_to) * settings.round_to
+        if width < 1:
+            raise ShearlingError(f"sparsity={settings.sparsity:g}: no width would be left; choose less")
+        return [min(width, size) for size in full]
+    keep = keep_ratios(importance, remove / sum(full))
+    ideal = [k * size for k, size in zip(keep, full, strict=True)]
+    low = [settings.round_to] * len(full)
+    return round_to_total(ideal, total, multiple=settings.round_to, low=low, high=full)
+
+
+def decide(
+    walk: Walk, found: Sequence[BlockStatistics], settings: CFSP | CFSPReference | Baseline, remove: int, seed: int
+) -> tuple[list[float], list[Edit]]:
+    """Block importance and edits of the methods that score dense statistics."""
+    anatomy = walk.anatomy
+    angles = [block.angle for block in found]
+    importance = [1.0] * len(found)
+    if isinstance(settings, CFSP) and settings.allocation == "sigmoid":
+        importance = block_importance(angles, settings.temperature)
+    elif isinstance(settings, CFSPReference):
+        importance = block_importance(angles)
+    all_scores = [_score(walk, layer, block, settings, seed) for layer, block in enumerate(found)]
+    if isinstance(settings, CFSPReference):
+        share = remove / sum(shape.ffn for shape in anatomy.shapes)
+        widths = reference_widths(keep_ratios(importance, share), anatomy.shapes[0].ffn, _reference_multiple(settings))
+    elif settings.method == "flap" and not settings.uniform:
+        widths = _global_widths(all_scores, remove)
+    else:
+        widths = share_out(importance, anatomy, remove, settings)
+    kept = {f"ffn.{layer}": scores.top(all_scores[layer], width) for layer, width in enumerate(widths)}
+    values: dict[str, Tensor] = {}
+    for layer, block in enumerate(found):
+        columns = torch.tensor(kept[f"ffn.{layer}"])
+        down = down_weight(walk, layer)
+        if isinstance(settings, CFSP) and settings.refit:
+            gram = block.ffn.gram
+            assert gram is not None
+            new = refit(gram, down.double() @ gram.double(), down, columns, DAMPING)
+            values[down_name(anatomy, layer)] = stored(anatomy, new.to(down.dtype))
+        elif settings.method == "flap":
+            gone = torch.ones(down.shape[1], dtype=torch.bool)
+            gone[columns] = False
+            bias = walk.blocks[layer].get_submodule(anatomy.family.ffn_output)._parameters.get("bias")
+            shift = down[:, gone].double().cpu() @ block.ffn.mean[gone]
+            total = shift if bias is None else shift + bias.detach().double().cpu()
+            values[anatomy.path(layer, f"{anatomy.family.ffn_output}.bias")] = total.to(down.dtype)
+    edits: list[Edit] = [Structure(kept)]
+    if values:
+        edits.append(Delta(values))
+    return importance, edits
+
+
+def down_name(anatomy: Anatomy, layer: int) -> str:
+    """Name of the weight that writes a block's FFN layer back to the residual stream."""
+    return anatomy.path(layer, f"{anatomy.family.ffn_output}.weight")
+
+
+def down_weight(walk: Walk, layer: int) -> Tensor:
+    """That weight as [hidden, channels] on the CPU."""
+    weight = walk.blocks[layer].get_parameter(f"{walk.anatomy.family.ffn_output}.weight").detach().cpu()
+    return stored(walk.anatomy, weight)
+
+
+def stored(anatomy: Anatomy, weight: Tensor) -> Tensor:
+    """Between [out, in] and a family's stored orientation; its own inverse."""
+    input_first = anatomy.layout(down_name(anatomy, 0))[0] == ("ffn",)
+    return weight.T.contiguous() if input_first else weight
+
+
+def _score(walk: Walk, layer: int, block: BlockStatistics, settings: Settings, seed: int) -> Tensor:
+    down, family = down_weight(walk, layer), walk.anatomy.family
+    kind = settings.score if isinstance(settings, CFSP) else settings.method
+    match kind:
+        case "act" | "cfsp-reference":
+            return scores.activation(block.ffn)
+        case "wanda" | "wanda-sp":
+            return scores.wanda(down, block.ffn)
+        case "flap":
+            return scores.flap(down, block.ffn)
+        case "magnitude":
+            return scores.magnitude(down)
+        case "random":
+            return scores.random(down.shape[1], layer, seed)
+        case "obs":
+            gram = block.ffn.gram
+            assert gram is not None
+            width = down.shape[1]
+            found = eliminate(
+                gram, down.double() @ gram.double(), down, remove=width - 1, damping=DAMPING, batch=max(1, width // 256)
+            )
+            score = torch.full((width,), float(width), dtype=torch.float64)
+            score[found.order] = torch.arange(width - 1, dtype=torch.float64)
+            return score
+    channels = down.shape[1]
+    gates = []
+    for name in family.ffn_inputs:
+        weight = walk.blocks[layer].get_parameter(f"{name}.weight").detach().cpu()
+        weight = stored(walk.anatomy, weight)
+        gates.extend(weight.split(channels))
+    eq8 = scores.eq8(down, block.ffn, gates)
+    return eq8 * block.ffn.norm if kind == "eq8xn" else eq8
+
+
+def _reference_multiple(settings: CFSPReference) -> int | None:
+    return None if settings.round_to == 1 else settings.round_to
+
+
+def _global_widths(all_scores: Sequence[Tensor], remove: int) -> list[int]:
+    """FLAP's widths: scores standardised within each block, the lowest of all go; no block goes whole."""
+    standard = [(score - score.mean()) / score.std() for score in all_scores]
+    for score in standard:
+        score[score.argmax()] = torch.inf
+    lowest = torch.cat(standard).sort(stable=True).indices[:remove]
+    gone = torch.zeros(sum(map(len, standard)), dtype=torch.bool)
+    gone[lowest] = True
+    return [int((~part).sum()) for part in gone.split([len(score) for score in standard])]
+
+
+def _plan(
+    name: str, method: str, before: Anatomy, inventory: Any, edits: Sequence[Edit], importance: Sequence[float]
+) -> Plan:
+    after, layers = before, tuple(range(before.num_layers))
+    for edit in edits:
+        if isinstance(edit, Structure):
+            after = shape_after(before, edit)
+    return Plan(
+        model=name,
+        method=method,
+        before=sizes(inventory, before),
+        after=sizes(inventory_after(inventory, before, after), after),
+        anatomy_before=before,
+        anatomy_after=after,
+        layers=layers,
+        importance=tuple(importance),
+    )

@@ -1,0 +1,264 @@
+"""Recipes: what to do, typed. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from shearling.errors import RecipeError
+
+STDLIB = "stdlib:"
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Text that is measured: ``sequences`` windows of ``length`` tokens, ``batch`` at a time."""
+
+    text: str = "stdlib:calibration"
+    sequences: Tokens = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    batch: Tokens = 8
+
+
+class Evaluation(_Strict):
+    """What is reported of each model; ``samples`` are prompts that every model continues."""
+
+    text: str = "stdlib:evaluation"
+    context: Annotated[int, Field(ge=2)] = 1024
+    stride: Tokens = 1024
+    max_tokens: Tokens | None = None
+    batch: Tokens = 1
+    samples: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+
+
+class Reconstruct(_Strict):
+    """Gradient steps on one block's output at a time, after its cut."""
+
+    steps: Tokens = 100
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch: Tokens = 4
+
+
+class _Prune(_Strict):
+    stage: Literal["prune"] = "prune"
+    #: share removed
+    sparsity: float
+    #: of what: FFN channels, all parameters, or all bytes
+    of: Literal["ffn", "parameters", "bytes"] = "ffn"
+    #: widths are multiples of this
+    round_to: Tokens = 1
+    #: one width for all blocks, so that any engine loads the result
+    uniform: bool = False
+
+    @field_validator("sparsity")
+    @classmethod
+    def _share(cls, value: float) -> float:
+        if not (math.isfinite(value) and 0 < value < 1):
+            raise ValueError("must be above 0 and below 1")
+        return value
+
+
+class CFSP(_Prune):
+    """CFSP: block importance shares out the channels, a score spends them."""
+
+    method: Literal["cfsp"] = "cfsp"
+    score: Literal["act", "wanda", "eq8", "eq8xn", "flap", "obs"] = "act"
+    allocation: Literal["sigmoid", "uniform"] = "sigmoid"
+    temperature: Annotated[float, Field(gt=0)] = 13.1072
+    #: least-squares refit of the down projection on the channels that stay
+    refit: bool = True
+
+
+class CFSPReference(_Prune):
+    """CFSP as released: its score, its allocation, its rounding."""
+
+    method: Literal["cfsp-reference"] = "cfsp-reference"
+
+
+class Shearling(_Prune):
+    """Sequential least squares over heads and channels in one budget, then optional block reconstruction."""
+
+    method: Literal["shearling"] = "shearling"
+    #: share of the budget taken from KV groups; 0 leaves attention whole
+    heads: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 13.1072
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    reconstruct: Reconstruct | None = None
+
+
+class Baseline(_Prune):
+    """The simple methods, one width for all blocks; FLAP shares channels out globally and adds a bias."""
+
+    method: Literal["wanda-sp", "flap", "magnitude", "random"]
+
+
+PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline, Field(discriminator="method")]
+
+
+class _Recover(_Strict):
+    stage: Literal["recover"] = "recover"
+    text: str = "stdlib:recovery"
+    tokens: Tokens = 1_000_000
+    length: Annotated[int, Field(ge=2)] = 512
+    batch: Tokens = 8
+    micro_batch: Tokens = 8
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    #: weight of the divergence from the dense model; 0 trains on text alone
+    distill: Annotated[float, Field(ge=0)] = 0.0
+    checkpoint_every: Annotated[int, Field(ge=0)] = 20
+
+
+class LoRA(_Recover):
+    """Low-rank branches, ranks shared out over blocks, merged at the end."""
+
+    method: Literal["lora"] = "lora"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    mean_rank: Tokens = 8
+    ranks: Literal["important", "damaged", "uniform"] = "important"
+    alpha_over_rank: Annotated[float, Field(gt=0)] = 2.0
+
+
+class Full(_Recover):
+    """All parameters."""
+
+    method: Literal["full"] = "full"
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+
+
+RecoverStage = Annotated[LoRA | Full, Field(discriminator="method")]
+Stage = Annotated[PruneStage | RecoverStage, Field(discriminator="stage")]
+METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random")
+
+
+class Recipe(_Strict):
+    """A model, the texts, and the stages in their order."""
+
+    model: str
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    calibration: Calibration = Calibration()
+    evaluate: Evaluation = Evaluation()
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+
+    @field_validator("stages")
+    @classmethod
+    def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [stage.stage for stage in stages]
+        if names not in (["prune"], ["prune", "recover"]):
+            raise ValueError(f"must be prune, or prune then recover; got {', '.join(names)}")
+        return stages
+
+    def dump(self) -> str:
+        """The recipe with every default spelled out, as YAML that loads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are ``stage.field=value`` or ``field=value``.
+
+    Raises RecipeError, one line with file, field, value and what would be valid.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise RecipeError(
+            f"{path}{line}: is no YAML ({getattr(error, 'problem', None) or 'cannot be parsed'})"
+        ) from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: must be a mapping with the keys model and stages")
+    for override in overrides:
+        _override(content, override)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], source: str = "recipe") -> Recipe:
+    """A Recipe from plain values; RecipeError as ``load_recipe``."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_one_line(error, content)}") from error
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of recipes."""
+    return TypeAdapter(Recipe).json_schema()
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    address, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: must look like stage.field=value")
+    *path, leaf = address.split(".")
+    target: Any = content
+    for part in path:
+        stages = content.get("stages")
+        found = [s for s in stages or [] if isinstance(s, dict) and s.get("stage") == part] if target is content else []
+        if found:
+            target = found[0]
+        elif isinstance(target.get(part), dict):
+            target = target[part]
+        elif target is content and part not in Recipe.model_fields:
+            known = [s.get("stage") for s in stages or [] if isinstance(s, dict)]
+            raise RecipeError(
+                f"--set {override}: no stage or section {part!r}; the recipe has {', '.join(map(str, known))}"
+            )
+        else:
+            target[part] = {}
+            target = target[part]
+    target[leaf] = yaml.safe_load(text)
+
+
+def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
+    problem = error.errors()[0]
+    location = [part for part in problem["loc"] if part not in ("prune", "recover", *METHODS, "lora", "full")]
+    field = ".".join(map(str, location))
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(str(location[-1]), _names(problem["loc"]), 1, 0.4)
+            return f"{field}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        case "missing":
+            return f"{field}: is missing"
+        case "union_tag_invalid" | "union_tag_not_found":
+            tag = problem.get("ctx", {}).get("discriminator", "'stage'").strip("'")
+            valid = METHODS if tag == "method" and "recover" not in problem["loc"] else ("lora", "full")
+            valid = ("prune", "recover") if tag == "stage" else valid
+            given = problem["input"].get(tag) if isinstance(problem["input"], dict) else problem["input"]
+            near = difflib.get_close_matches(str(given), valid, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f"{field}.{tag} = {given!r}: must be one of {', '.join(valid)}{hint}"
+        case _:
+            message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            return f"{field} = {problem['input']!r}: {message}"
+
+
+def _names(location: tuple[int | str, ...]) -> list[str]:
+    """Field names that are valid where an unknown key stands."""
+    tags = {str(part) for part in location}
+    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full]
+    if "reconstruct" in tags:
+        return list(Reconstruct.model_fields)
+    for owner in owners:
+        if tags.intersection(get_args(owner.model_fields["method"].annotation)):
+            return list(owner.model_fields)
+    section = {"calibration": Calibration, "evaluate": Evaluation}.get(str(location[0]), Recipe)
+    return list(section.model_fields)
