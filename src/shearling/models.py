@@ -66,6 +66,15 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.dev
     return model.to(device).eval()
 
 
+def empty_model(name: str, dtype: str = "float32") -> Any:
+    """The model without weights (on the meta device), from its config alone."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise ShearlingError naming the first tensor with a NaN or an infinity."""
     for name, parameter in model.named_parameters():

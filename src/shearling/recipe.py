@@ -231,6 +231,11 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
     problem = error.errors()[0]
     location = [part for part in problem["loc"] if part not in ("prune", "recover", *METHODS, "lora", "full")]
+    if location[:1] == ["stages"] and len(location) > 1:
+        # as --set addresses it
+        stage = content["stages"][location[1]]
+        named = stage.get("stage") if isinstance(stage, dict) else None
+        location[:2] = [named if named in ("prune", "recover") else f"stages.{location[1]}"]
     field = ".".join(map(str, location))
     match problem["type"]:
         case "extra_forbidden":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearling.anatomy import Anatomy
+from shearling.anatomy import Anatomy, anatomy_of
 from shearling.errors import ShearlingError
 from shearling.methods import scores
 from shearling.methods.cfsp import block_importance, keep_ratios, reference_widths
@@ -82,15 +82,16 @@ def plan_structured(
 
 def preview(model: Any, settings: Settings, name: str = "") -> Plan:
     """The plan's totals before anything is measured: every block at the mean width. ``model`` may be on meta."""
-    walkless = model.get_submodule  # a causal language model, weights or not
-    assert walkless
-    from shearling.anatomy import anatomy_of
-
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     budget = channels_to_remove(anatomy, inventory, settings)
     widths = share_out([1.0] * anatomy.num_layers, anatomy, budget, settings)
     kept = {f"ffn.{layer}": tuple(range(width)) for layer, width in enumerate(widths)}
     return _plan(name, settings.method, anatomy, inventory, [Structure(kept)], ())
+
+
+def restore_plan(model: Any, edits: Sequence[Edit], name: str, method: str, importance: Sequence[float]) -> Plan:
+    """The plan of edits that were stored, for the model they were made for."""
+    return _plan(name, method, anatomy_of(model.config), inventory_of(model), edits, importance)
 
 
 def channels_to_remove(anatomy: Anatomy, inventory: Any, settings: Settings) -> int:

@@ -1,0 +1,227 @@
+"""The command ``shearling``. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shearling.errors import ShearlingError
+
+app = typer.Typer(
+    help="Prune language models to a budget, retrain them, and write checkpoints that ordinary tools load.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe file (YAML)", metavar="RECIPE")]
+Overrides = Annotated[list[str], typer.Option("--set", help="override, as stage.field=value", metavar="FIELD=VALUE")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="run directory; runs/NAME where not given")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")] = False,
+) -> None:
+    """Carry out a recipe into a run directory."""
+    from shearling.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    folder = Path("runs") / recipe.stem if out is None else out
+    with _working(f"go on with: shearling run {recipe} --out {folder} --resume") as narrator:
+        from shearling.run import run as carry_out
+
+        metrics = carry_out(loaded, folder, resume=resume, on_event=narrator)
+    from shearling.console import result_table
+
+    _print(result_table(metrics))
+    typer.echo(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="print plan.json instead of the table")] = False,
+) -> None:
+    """Show what a recipe would make of its model, from the config alone."""
+    from shearling.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _quiet()
+    from shearling.methods.structured import preview
+    from shearling.models import empty_model
+
+    planned = preview(empty_model(loaded.model, loaded.dtype), loaded.stages[0], loaded.model)
+    if as_json:
+        typer.echo(json.dumps(planned.to_json(), indent=2))
+    else:
+        from shearling.console import plan_table
+
+        _print(plan_table(planned.rows(), f"{loaded.model}, {planned.method}"))
+
+
+@app.command()
+def cut(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder or a hub id")],
+    out: Annotated[Path, typer.Option(help="new folder for the model")],
+    method: Annotated[str, typer.Option(help="cfsp, shearling, wanda-sp, flap, magnitude, random")] = "cfsp",
+    sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
+    of: Annotated[str, typer.Option(help="of what: ffn, parameters or bytes")] = "ffn",
+    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
+    uniform: Annotated[bool, typer.Option("--uniform", help="one width for all blocks")] = False,
+    calibration: Annotated[str, typer.Option(help="text to measure on")] = "stdlib:calibration",
+    sequences: Annotated[int, typer.Option(help="windows of that text")] = 32,
+    length: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
+    batch: Annotated[int, typer.Option(help="windows at a time")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    seed: int = 0,
+) -> None:
+    """Prune a model without a recipe and save it."""
+    from shearling.recipe import parse_recipe
+
+    stage = {"stage": "prune", "method": method, "sparsity": sparsity, "of": of, "round_to": round_to}
+    content = {
+        "model": model,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "calibration": {"text": calibration, "sequences": sequences, "length": length, "batch": batch},
+        "stages": [{**stage, "uniform": uniform}],
+    }
+    recipe = parse_recipe(content, "cut")
+    with _working("nothing was written") as narrator:
+        from shearling.run import cut as carry_out
+
+        made = carry_out(recipe, out, on_event=narrator)
+    from shearling.console import plan_table
+
+    _print(plan_table(made.rows(), f"{model}, {method}"))
+    typer.echo(f"model   {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder or a hub id")],
+    text: Annotated[str, typer.Option(help="text to score")] = "stdlib:evaluation",
+    context: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
+    stride: Annotated[int | None, typer.Option(help="tokens between windows; the context where not given")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="score at most so many")] = None,
+    batch: Annotated[int, typer.Option(help="windows at a time")] = 1,
+    reference: Annotated[str | None, typer.Option(help="model to compare the next-token distribution with")] = None,
+    tasks: Annotated[list[str], typer.Option(help="zero-shot task; may be repeated")] = [],  # noqa: B006
+    data: Annotated[Path | None, typer.Option(help="folder of raw task files, for offline use")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Perplexity of a model; on demand zero-shot tasks and the divergence from another model."""
+    from shearling.recipe import parse_recipe
+
+    wish = {
+        "text": text,
+        "context": context,
+        "stride": stride or context,
+        "max_tokens": max_tokens,
+        "batch": batch,
+        "tasks": tasks,
+        "data": None if data is None else str(data),
+    }
+    stages = [{"stage": "prune", "method": "cfsp", "sparsity": 0.5}]
+    content = {"model": model, "device": device, "dtype": dtype, "evaluate": wish, "stages": stages}
+    recipe = parse_recipe(content, "eval")
+    with _working("nothing was written") as narrator:
+        from shearling.run import evaluate_model, load
+
+        loaded, tokenizer = load(recipe)
+        other = None if reference is None else load(recipe.model_copy(update={"model": reference}))[0]
+        found = evaluate_model(loaded, tokenizer, recipe, reference=other, on_event=narrator)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, value in found.items():
+        typer.echo(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="run directory", metavar="DIR")]) -> None:
+    """Write the HTML page of a run again."""
+    from shearling.report import write_report
+
+    typer.echo(str(write_report(folder)))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Say what this machine can do."""
+    from shearling.doctor import diagnose, lines
+
+    found = diagnose()
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes."""
+    from shearling.recipe import schema as recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line and exit code 2, a signal in 130."""
+    try:
+        app()
+    except ShearlingError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"interrupted; {interrupt}" if str(interrupt) else "interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output has left; nothing of ours is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@contextmanager
+def _working(hint: str) -> Iterator[Any]:
+    """Progress while heavy work runs; an interruption says how to go on."""
+    from shearling.console import Narrator
+
+    _quiet()
+    with Narrator(Console(stderr=True)) as narrator:
+        try:
+            yield narrator
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(hint) from interrupt
+
+
+def _quiet() -> None:
+    """Our own progress is enough."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _print(table: Any) -> None:
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What a person sees while a run works, and its tables."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Narrator:
+    """Turns the events of a run into progress bars on a terminal, and into a few plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description:12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._what = ""
+        self._said = -1
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """One event of a run."""
+        stage = event.get("stage", "")
+        if "warning" in event:
+            self.say(f"{stage}: {event['warning']}")
+        elif event.get("finished"):
+            found = event.get("perplexity")
+            self._what = ""
+            self.say(f"{stage}: done" if found is None else f"{stage}: perplexity {found:.3f}")
+        elif stage == "load":
+            self.say(f"loading {event['model']}")
+        elif "blocks" in event:
+            self._step(stage, event["block"] + 1, event["blocks"], _error(event))
+        elif "total" in event:
+            self._step(stage, event["done"], event["total"], "")
+        elif "loss" in event:
+            speed = f"loss {event['loss']:.3f}  lr {event['learning_rate']:.1e}  {event['tokens_per_second']:.0f} tok/s"
+            self._step(stage, event["step"], event["steps"], speed)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def _step(self, what: str, done: int, total: int, state: str) -> None:
+        if self._live:
+            if what != self._what:
+                if self._task is not None:
+                    self._progress.remove_task(self._task)
+                self._task = self._progress.add_task(what, total=total, state=state)
+                self._what = what
+            self._progress.update(self._task, completed=done, state=state)
+            return
+        tenth = 10 * done // total
+        if what != self._what or tenth != self._said:
+            self._what, self._said = what, tenth
+            self.say(f"{what}: {done}/{total}  {state}".rstrip())
+
+
+def _error(event: dict[str, Any]) -> str:
+    return f"error {event['error']:.4f}" if "error" in event else ""
+
+
+def plan_table(rows: list[tuple[str, str, str, str]], title: str) -> Table:
+    """The before => after table."""
+    table = Table(title=title)
+    table.add_column("")
+    for name in ("before", "after", "after / before"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def result_table(metrics: dict[str, Any]) -> Table:
+    """Perplexity, divergence and size of each model of a run."""
+    table = Table(title=f"{metrics['model']} on {metrics['dense']['corpus']}, {metrics['dense']['tokens']} tokens")
+    table.add_column("")
+    for name in ("perplexity", "KL from dense", "agreement", "parameters", "MiB"):
+        table.add_column(name, justify="right")
+    for name in ("dense", "pruned", "recovered"):
+        row = metrics.get(name)
+        if row is not None:
+            moved = (f"{row['kl']:.4f}", f"{row['agreement']:.1%}") if "kl" in row else ("", "")
+            size = f"{row['bytes'] / 2**20:.1f}"
+            table.add_row(name, f"{row['perplexity']:.3f}", *moved, f"{row['parameters']:,}", size)
+    return table

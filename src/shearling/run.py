@@ -1,0 +1,293 @@
+"""A recipe, stage by stage, into a run directory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.anatomy import anatomy_of
+from shearling.card import model_card, provenance, versions
+from shearling.data import corpus_tokens, windows
+from shearling.errors import ShearlingError
+from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
+from shearling.export import save_model
+from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
+from shearling.methods.structured import Outcome, plan_structured, restore_plan
+from shearling.models import check_finite, load_model, load_tokenizer
+from shearling.plan import Plan, inventory_of, load_edits, save_edits, sizes
+from shearling.recipe import Full, Recipe
+from shearling.report import write_report
+from shearling.rundir import RunDir
+from shearling.surgery import cut_
+from shearling.train import Distillation, Policy, TrainResult, TrainSettings, train
+from shearling.usage import Usage
+
+OnEvent = Callable[[dict[str, Any]], None]
+NEW_TOKENS = 48
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run between two steps; what was done is kept."""
+
+
+def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEvent | None = None) -> dict[str, Any]:
+    """Carry out a recipe; returns the content of ``metrics.json``.
+
+    With ``resume`` an unfinished run in ``out`` goes on where it stopped; the result is that of an undisturbed run.
+    Raises ShearlingError for unusable input, before anything is written where that can be known, and Interrupted
+    where a signal stopped it.
+    """
+    return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event).finish()
+
+
+def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
+    """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
+    if out.exists():
+        raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
+    model, tokenizer = load(recipe)
+    outcome = _outcome(recipe, model, tokenizer, None, on_event)
+    cut_(model, outcome.edits)
+    made = provenance(recipe, outcome.plan.to_json())
+    save_model(model, tokenizer, out, provenance=made, card=model_card(recipe, outcome.plan, {}))
+    return outcome.plan
+
+
+def device_of(name: str) -> torch.device:
+    """The device a recipe names; ``auto`` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ShearlingError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ShearlingError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use auto")
+    return device
+
+
+def evaluate_model(
+    model: Any, tokenizer: Any, recipe: Recipe, *, reference: Any = None, on_event: OnEvent | None = None
+) -> dict[str, Any]:
+    """Perplexity, divergence from ``reference``, sizes and tasks of a model, as ``metrics.json`` has them."""
+    wish = recipe.evaluate
+    tokens = corpus_tokens(wish.text, tokenizer, whole=True, max_tokens=wish.max_tokens)
+
+    def progress(done: int, total: int) -> None:
+        if on_event is not None:
+            on_event({"stage": "evaluate", "done": done, "total": total})
+
+    found = perplexity(model, tokens, context=wish.context, stride=wish.stride, batch=wish.batch, on_progress=progress)
+    measured = sizes(inventory_of(model), anatomy_of(model.config))
+    result: dict[str, Any] = {
+        "perplexity": found.value,
+        "corpus": wish.text,
+        "context": found.context,
+        "stride": found.stride,
+        "tokens": found.tokens,
+        "parameters": measured.parameters,
+        "bytes": measured.bytes,
+    }
+    if reference is not None:
+        moved = divergence(model, reference, tokens, context=wish.context, batch=wish.batch)
+        result |= {"kl": moved.kl, "agreement": moved.agreement}
+    if wish.tasks:
+        folder = None if wish.data is None else Path(wish.data)
+        result["tasks"] = evaluate_tasks(model, tokenizer, list(wish.tasks), data=folder)
+    if wish.samples:
+        result["samples"] = generate_samples(model, tokenizer, wish.samples, NEW_TOKENS)
+    return result
+
+
+class _Session:
+    """One process' work on a run: models are loaded and rebuilt when a stage first asks for them."""
+
+    def __init__(self, recipe: Recipe, folder: RunDir, on_event: OnEvent | None) -> None:
+        self.recipe, self.folder = recipe, folder
+        self._listener = on_event
+        self._dense: tuple[Any, Any] | None = None
+
+    def finish(self) -> dict[str, Any]:
+        recipe, folder = self.recipe, self.folder
+        finished = folder.done("finished")
+        if finished is not None:
+            return finished
+        folder.log(f"run of {recipe.model}")
+        results = {"dense": self._stage("dense", lambda: self._evaluate(self.dense[0]))}
+        measured = self._stage("measure", self._measure)
+        outcome = self._restore()
+        pruned: list[Any] = []
+
+        def cut_model() -> Any:
+            if not pruned:
+                model = copy.deepcopy(self.dense[0])
+                cut_(model, outcome.edits)
+                pruned.append(model)
+            return pruned[0]
+
+        results["pruned"] = self._stage("pruned", lambda: self._evaluate(cut_model(), self.dense[0]))
+        steps = {"dense": results["dense"], "measure": measured, "pruned": results["pruned"]}
+        if not (folder.path / "model").exists():
+            model = cut_model()
+            if len(recipe.stages) > 1:
+                with Usage() as usage:
+                    model, trained = self._recover(model, outcome)
+                content = {"steps": trained.steps, "tokens": trained.tokens, "skipped": trained.skipped}
+                folder.finish("recover", {**content, **usage.to_json(), "seconds": trained.seconds})
+                results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
+            made = provenance(recipe, outcome.plan.to_json())
+            card = model_card(recipe, outcome.plan, results)
+            save_model(model, self.dense[1], folder.path / "model", provenance=made, card=card)
+        for name in ("recover", "recovered"):
+            found = folder.done(name)
+            if found is not None:
+                steps[name] = found
+        if "recovered" in steps:
+            results["recovered"] = steps["recovered"]
+        metrics = self._metrics(results, steps)
+        folder.write_json("metrics.json", metrics)
+        write_report(folder.path)
+        folder.finish("finished", metrics)
+        folder.tidy()
+        folder.log("finished")
+        return metrics
+
+    @property
+    def dense(self) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
+        if self._dense is None:
+            self._say({"stage": "load", "model": self.recipe.model})
+            self._dense = load(self.recipe)
+        return self._dense
+
+    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do a piece of work once: what it returned is recorded with its cost."""
+        found = self.folder.done(name)
+        if found is None:
+            self.folder.log(f"{name}: starts")
+            with Usage() as usage:
+                content = work()
+            found = {**content, **usage.to_json()}
+            self.folder.finish(name, found)
+            self.folder.log(f"{name}: {usage.seconds:.1f} s, {usage.peak_bytes / 2**20:.0f} MiB")
+            self._say({"stage": name, "finished": True, **{k: v for k, v in found.items() if k == "perplexity"}})
+        return found
+
+    def _evaluate(self, model: Any, reference: Any = None) -> dict[str, Any]:
+        return evaluate_model(model, self.dense[1], self.recipe, reference=reference, on_event=self._listener)
+
+    def _measure(self) -> dict[str, Any]:
+        model, tokenizer = self.dense
+        outcome = _outcome(self.recipe, model, tokenizer, self.folder.state / "measure", self._event)
+        save_edits(outcome.edits, self.folder.state / "edits")
+        self.folder.write_json("plan.json", outcome.plan.to_json())
+        return {"importance": list(outcome.plan.importance)}
+
+    def _restore(self) -> Outcome:
+        """Plan and edits from disk, so that a resumed run works on the very same values."""
+        edits = load_edits(self.folder.state / "edits")
+        measured = self.folder.done("measure")
+        assert measured is not None
+        method = self.recipe.stages[0].method
+        return Outcome(restore_plan(self.dense[0], edits, self.recipe.model, method, measured["importance"]), edits)
+
+    def _recover(self, model: Any, outcome: Outcome) -> tuple[Any, TrainResult]:
+        recipe, stage = self.recipe, self.recipe.stages[1]
+        tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
+        text = windows(tokens, None, stage.length, seed=recipe.seed)
+        settings = TrainSettings(
+            tokens=stage.tokens,
+            length=stage.length,
+            batch=stage.batch,
+            micro_batch=min(stage.micro_batch, stage.batch),
+            learning_rate=stage.learning_rate,
+            warmup=stage.warmup,
+            schedule=stage.schedule,
+            log_every=1,
+            checkpoint_every=stage.checkpoint_every,
+            seed=recipe.seed,
+        )
+        policies: list[Policy] = []
+        if isinstance(stage, Full):
+            # an optimizer's small steps vanish in half precision
+            model = model.float()
+        else:
+            ranks = allocate_ranks(_shares(outcome.plan, stage.ranks), stage.mean_rank, stage.ranks)
+            policies.append(LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank))
+        if stage.distill:
+            policies.append(Distillation(self.dense[0], weight=stage.distill))
+
+        def tell(event: dict[str, Any]) -> None:
+            self._event({"stage": "recover", "steps": settings.steps, **event})
+
+        result = train(model, text, policies, settings, state_dir=self.folder.state / "train", on_event=tell)
+        if result.stopped:
+            raise Interrupted
+        return model.to(getattr(torch, recipe.dtype)), result
+
+    def _metrics(self, results: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+        private = ("seconds", "peak_bytes", "samples")
+        samples = [
+            {"prompt": prompt, **{name: row["samples"][n] for name, row in results.items()}}
+            for n, prompt in enumerate(self.recipe.evaluate.samples)
+        ]
+        return {
+            "model": self.recipe.model,
+            "family": anatomy_of(self.dense[0].config).family.model_type,
+            "device": str(device_of(self.recipe.device)),
+            "versions": versions(),
+            **{name: {k: v for k, v in row.items() if k not in private} for name, row in results.items()},
+            "stages": [
+                {"name": name, "seconds": step["seconds"], "peak_bytes": step["peak_bytes"]}
+                for name, step in steps.items()
+            ],
+            "samples": samples,
+        }
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self.folder.event(event)
+        self._say(event)
+
+    def _say(self, event: dict[str, Any]) -> None:
+        if self._listener is not None:
+            self._listener(event)
+
+
+def load(recipe: Recipe) -> tuple[Any, Any]:
+    """A recipe's model, checked, on its device and in its dtype, and the tokenizer."""
+    device = device_of(recipe.device)
+    model = load_model(recipe.model, dtype=getattr(torch, recipe.dtype), device=device)
+    check_finite(model)
+    return model, load_tokenizer(recipe.model)
+
+
+def _outcome(recipe: Recipe, model: Any, tokenizer: Any, state: Path | None, on_event: OnEvent | None) -> Outcome:
+    wish = recipe.calibration
+    return plan_structured(
+        model,
+        _calibration(recipe, tokenizer),
+        recipe.stages[0],
+        batch=wish.batch,
+        seed=recipe.seed,
+        state_dir=state,
+        on_event=on_event,
+        name=recipe.model,
+    )
+
+
+def _calibration(recipe: Recipe, tokenizer: Any) -> Tensor:
+    wish = recipe.calibration
+    tokens = corpus_tokens(wish.text, tokenizer, max_tokens=wish.sequences * wish.length)
+    return windows(tokens, wish.sequences, wish.length)
+
+
+def _shares(plan: Plan, ranks: str) -> list[float]:
+    """What ranks are shared out by: importance, or the share of its channels that a block lost."""
+    if ranks == "damaged":
+        pairs = zip(plan.anatomy_before.shapes, plan.anatomy_after.shapes, strict=True)
+        return [1 - after.ffn / before.ffn for before, after in pairs]
+    return list(plan.importance) or [1.0] * plan.anatomy_after.num_layers
