@@ -65,7 +65,7 @@ def plan(
     from shearling.methods.structured import preview
     from shearling.models import empty_model
 
-    planned = preview(empty_model(loaded.model, loaded.dtype), loaded.stages[0], loaded.model)
+    planned = preview(empty_model(loaded.model, loaded.dtype), loaded.prune, loaded.model)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
@@ -130,7 +130,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Perplexity of a model; on demand zero-shot tasks and the divergence from another model."""
-    from shearling.recipe import parse_recipe
+    from shearling.recipe import Evaluation, parse_recipe
 
     wish = {
         "text": text,
@@ -141,15 +141,13 @@ def evaluate(
         "tasks": tasks,
         "data": None if data is None else str(data),
     }
-    stages = [{"stage": "prune", "method": "cfsp", "sparsity": 0.5}]
-    content = {"model": model, "device": device, "dtype": dtype, "evaluate": wish, "stages": stages}
-    recipe = parse_recipe(content, "eval")
+    wanted = parse_recipe(wish, "eval", Evaluation)
     with _working("nothing was written") as narrator:
         from shearling.run import evaluate_model, load
 
-        loaded, tokenizer = load(recipe)
-        other = None if reference is None else load(recipe.model_copy(update={"model": reference}))[0]
-        found = evaluate_model(loaded, tokenizer, recipe, reference=other, on_event=narrator)
+        loaded, tokenizer = load(model, device, dtype)
+        other = None if reference is None else load(reference, device, dtype)[0]
+        found = evaluate_model(loaded, tokenizer, wanted, reference=other, on_event=narrator)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

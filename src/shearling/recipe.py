@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -44,11 +44,10 @@ class Evaluation(_Strict):
 
 
 class Reconstruct(_Strict):
-    """Gradient steps on one block's output at a time, after its cut."""
+    """Gradient steps on one block's output at a time, after its cut; each reads one batch of the calibration text."""
 
-    steps: Tokens = 100
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    batch: Tokens = 4
+    steps: Tokens = 200
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
 
 
 class _Prune(_Strict):
@@ -91,10 +90,11 @@ class Shearling(_Prune):
     """Sequential least squares over heads and channels in one budget, then optional block reconstruction."""
 
     method: Literal["shearling"] = "shearling"
-    #: share of the budget taken from KV groups; 0 leaves attention whole
-    heads: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    temperature: Annotated[float, Field(gt=0)] = 13.1072
-    damping: Annotated[float, Field(gt=0)] = 0.01
+    #: KV groups go too, out of the same budget
+    heads: bool = False
+    #: share of what earlier blocks lost that a block makes good
+    correction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    damping: Annotated[float, Field(gt=0)] = 0.1
     reconstruct: Reconstruct | None = None
 
 
@@ -140,6 +140,7 @@ class Full(_Recover):
 
 RecoverStage = Annotated[LoRA | Full, Field(discriminator="method")]
 Stage = Annotated[PruneStage | RecoverStage, Field(discriminator="stage")]
+Section = TypeVar("Section", bound=_Strict)
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random")
 
 
@@ -161,6 +162,20 @@ class Recipe(_Strict):
         if names not in (["prune"], ["prune", "recover"]):
             raise ValueError(f"must be prune, or prune then recover; got {', '.join(names)}")
         return stages
+
+    @property
+    def prune(self) -> CFSP | CFSPReference | Shearling | Baseline:
+        """The pruning stage."""
+        stage = self.stages[0]
+        assert isinstance(stage, _Prune)
+        return stage  # pyrefly: ignore[bad-return]
+
+    @property
+    def recover(self) -> LoRA | Full | None:
+        """The recovery stage, if there is one."""
+        stage = self.stages[1] if len(self.stages) > 1 else None
+        assert stage is None or isinstance(stage, LoRA | Full)
+        return stage
 
     def dump(self) -> str:
         """The recipe with every default spelled out, as YAML that loads back equal."""
@@ -191,10 +206,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(content, str(path))
 
 
-def parse_recipe(content: dict[str, Any], source: str = "recipe") -> Recipe:
-    """A Recipe from plain values; RecipeError as ``load_recipe``."""
+def parse_recipe(content: dict[str, Any], source: str = "recipe", kind: type[Section] = Recipe) -> Section:
+    """A Recipe, or one of its sections, from plain values; RecipeError as ``load_recipe``."""
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{source}: {_one_line(error, content)}") from error
 
@@ -252,7 +267,8 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
             hint = f"; did you mean {near[0]}?" if near else ""
             return f"{field}.{tag} = {given!r}: must be one of {', '.join(valid)}{hint}"
         case _:
-            message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "must be", 1)
             return f"{field} = {problem['input']!r}: {message}"
 
 

@@ -20,7 +20,7 @@ from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.structured import Outcome, plan_structured, restore_plan
 from shearling.models import check_finite, load_model, load_tokenizer
 from shearling.plan import Plan, inventory_of, load_edits, save_edits, sizes
-from shearling.recipe import Full, Recipe
+from shearling.recipe import Evaluation, Full, LoRA, Recipe
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import cut_
@@ -49,7 +49,7 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
     if out.exists():
         raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
-    model, tokenizer = load(recipe)
+    model, tokenizer = load(recipe.model, recipe.device, recipe.dtype)
     outcome = _outcome(recipe, model, tokenizer, None, on_event)
     cut_(model, outcome.edits)
     made = provenance(recipe, outcome.plan.to_json())
@@ -71,10 +71,9 @@ def device_of(name: str) -> torch.device:
 
 
 def evaluate_model(
-    model: Any, tokenizer: Any, recipe: Recipe, *, reference: Any = None, on_event: OnEvent | None = None
+    model: Any, tokenizer: Any, wish: Evaluation, *, reference: Any = None, on_event: OnEvent | None = None
 ) -> dict[str, Any]:
     """Perplexity, divergence from ``reference``, sizes and tasks of a model, as ``metrics.json`` has them."""
-    wish = recipe.evaluate
     tokens = corpus_tokens(wish.text, tokenizer, whole=True, max_tokens=wish.max_tokens)
 
     def progress(done: int, total: int) -> None:
@@ -133,9 +132,9 @@ class _Session:
         steps = {"dense": results["dense"], "measure": measured, "pruned": results["pruned"]}
         if not (folder.path / "model").exists():
             model = cut_model()
-            if len(recipe.stages) > 1:
+            if recipe.recover is not None:
                 with Usage() as usage:
-                    model, trained = self._recover(model, outcome)
+                    model, trained = self._recover(model, outcome, recipe.recover)
                 content = {"steps": trained.steps, "tokens": trained.tokens, "skipped": trained.skipped}
                 folder.finish("recover", {**content, **usage.to_json(), "seconds": trained.seconds})
                 results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
@@ -161,7 +160,7 @@ class _Session:
         """The model and its tokenizer."""
         if self._dense is None:
             self._say({"stage": "load", "model": self.recipe.model})
-            self._dense = load(self.recipe)
+            self._dense = load(self.recipe.model, self.recipe.device, self.recipe.dtype)
         return self._dense
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -178,7 +177,7 @@ class _Session:
         return found
 
     def _evaluate(self, model: Any, reference: Any = None) -> dict[str, Any]:
-        return evaluate_model(model, self.dense[1], self.recipe, reference=reference, on_event=self._listener)
+        return evaluate_model(model, self.dense[1], self.recipe.evaluate, reference=reference, on_event=self._listener)
 
     def _measure(self) -> dict[str, Any]:
         model, tokenizer = self.dense
@@ -192,11 +191,11 @@ class _Session:
         edits = load_edits(self.folder.state / "edits")
         measured = self.folder.done("measure")
         assert measured is not None
-        method = self.recipe.stages[0].method
+        method = self.recipe.prune.method
         return Outcome(restore_plan(self.dense[0], edits, self.recipe.model, method, measured["importance"]), edits)
 
-    def _recover(self, model: Any, outcome: Outcome) -> tuple[Any, TrainResult]:
-        recipe, stage = self.recipe, self.recipe.stages[1]
+    def _recover(self, model: Any, outcome: Outcome, stage: LoRA | Full) -> tuple[Any, TrainResult]:
+        recipe = self.recipe
         tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
         text = windows(tokens, None, stage.length, seed=recipe.seed)
         settings = TrainSettings(
@@ -257,12 +256,11 @@ class _Session:
             self._listener(event)
 
 
-def load(recipe: Recipe) -> tuple[Any, Any]:
-    """A recipe's model, checked, on its device and in its dtype, and the tokenizer."""
-    device = device_of(recipe.device)
-    model = load_model(recipe.model, dtype=getattr(torch, recipe.dtype), device=device)
+def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
+    """A model, checked, and its tokenizer, as a recipe names them."""
+    model = load_model(name, dtype=getattr(torch, dtype), device=device_of(device))
     check_finite(model)
-    return model, load_tokenizer(recipe.model)
+    return model, load_tokenizer(name)
 
 
 def _outcome(recipe: Recipe, model: Any, tokenizer: Any, state: Path | None, on_event: OnEvent | None) -> Outcome:
@@ -270,7 +268,7 @@ def _outcome(recipe: Recipe, model: Any, tokenizer: Any, state: Path | None, on_
     return plan_structured(
         model,
         _calibration(recipe, tokenizer),
-        recipe.stages[0],
+        recipe.prune,
         batch=wish.batch,
         seed=recipe.seed,
         state_dir=state,

@@ -72,6 +72,8 @@ class Family:
     per_layer: tuple[str, ...] = ()
     #: sizes that the stock config can state freely, for all layers alike
     stock: frozenset[str] = frozenset({"layers", "ffn"})
+    #: what attention and the feed-forward layer write is normalised before it is added to the residual stream
+    output_norms: bool = False
     #: the embedding is multiplied by sqrt(hidden) on the way in
     embedding_scaled: bool = False
     #: config values under which this anatomy does not hold: field -> (the value it needs, why)

@@ -15,6 +15,8 @@ from shearling.errors import ShearlingError
 from shearling.methods import scores
 from shearling.methods.cfsp import block_importance, keep_ratios, reference_widths
 from shearling.methods.obs import eliminate, refit
+from shearling.methods.projections import input_first
+from shearling.methods.shearling import plan_sequential
 from shearling.plan import (
     Delta,
     Edit,
@@ -36,6 +38,8 @@ Settings = CFSP | CFSPReference | Shearling | Baseline
 
 #: share of the mean diagonal added to Gram matrices where nothing else is said
 DAMPING = 0.01
+#: sequences, and tokens of each, on which next-token distributions are compared
+PROBES, PROBE_LENGTH = 8, 512
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,20 @@ def plan_structured(
     anatomy, inventory = walk.anatomy, inventory_of(model)
     budget = channels_to_remove(anatomy, inventory, settings)
     if isinstance(settings, Shearling):
-        # the other file of the family; it imports this one's budget
-        from shearling.methods.shearling import plan_sequential
-
-        importance, edits = plan_sequential(walk, inventory, settings, budget, state_dir=state_dir, on_event=on_event)
+        channel, group = unit_parameters(inventory, anatomy, 0)
+        importance, edits = plan_sequential(
+            walk,
+            Walk(model, tokens[:PROBES, :PROBE_LENGTH], batch=batch, device=device),
+            settings,
+            lambda: share_out([1.0] * anatomy.num_layers, anatomy, budget, settings),
+            remove=budget,
+            group_cost=group / channel,
+            seed=seed,
+            state=None
+            if state_dir is None
+            else state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16],
+            on_event=on_event,
+        )
     else:
         grams = isinstance(settings, CFSP) and (settings.refit or settings.score == "obs")
         cache = None if state_dir is None else state_dir / fingerprint(model, tokens, "dense", grams, batch)[:16]
@@ -183,8 +197,7 @@ def down_weight(walk: Walk, layer: int) -> Tensor:
 
 def stored(anatomy: Anatomy, weight: Tensor) -> Tensor:
     """Between [out, in] and a family's stored orientation; its own inverse."""
-    input_first = anatomy.layout(down_name(anatomy, 0))[0] == ("ffn",)
-    return weight.T.contiguous() if input_first else weight
+    return weight.T.contiguous() if input_first(anatomy) else weight
 
 
 def _score(walk: Walk, layer: int, block: BlockStatistics, settings: Settings, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ FAMILY = Family(
     model_type="gemma2",
     per_layer=("layer_types",),
     norm_one_plus=True,
+    output_norms=True,
     embedding_scaled=True,
     **{**LLAMA_LIKE, "block": {**BLOCK, **SANDWICH_NORMS}},
 )

@@ -1,0 +1,132 @@
+"""Training one cut block to write what the dense block wrote: gradients stay inside the block.
+
+    x, x'    the block's inputs in the dense model and in the model pruned so far
+    y        the dense block's output
+
+Each step draws a point between x' and x for every sequence and minimises the squared error against y, relative to the
+size of y at each token. Inputs from the way between keep the block from learning one stream by heart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearling.recipe import Reconstruct
+from shearling.sweep import Walk
+
+WARMUP = 10
+MIN_RATIO = 0.02
+
+
+def reconstruct_(
+    walk: Walk,
+    layer: int,
+    block: nn.Module,
+    edited: Tensor,
+    dense: Tensor,
+    target: Tensor,
+    settings: Reconstruct,
+    seed: int,
+) -> tuple[float, float]:
+    """Train all tensors of ``block``, a stand-in for block ``layer``; returns its mean loss in the first and last steps.
+
+    ``edited`` (x'), ``dense`` (x) and ``target`` (y) are [num, T, hidden]; a step reads ``walk.batch`` sequences. Adam
+    in float32; half-precision blocks are trained in float32 under autocast and come back in their own dtype.
+    """
+    own = {name: p.dtype for name, p in block.named_parameters()}
+    block.float()
+    parameters = list(block.parameters())
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+    rate = torch.tensor(settings.learning_rate, device=edited.device)
+    cuda = edited.is_cuda
+    # a tensor as learning rate, so that a captured step can follow the schedule
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
+    x, y = torch.empty_like(edited[: walk.batch]), torch.empty_like(target[: walk.batch])
+    loss = torch.zeros((), device=edited.device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(edited.device.type, edited.dtype, enabled=edited.dtype != torch.float32):
+            written = walk.run_with_grad(layer, x, block)
+        goal = y.float()
+        error = (written.float() - goal).square().mean(-1) / goal.square().mean(-1)
+        mean = error.mean()
+        mean.backward()
+        optimizer.step()
+        loss.copy_(mean.detach())
+
+    generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
+    draw = _draws(len(edited), walk.batch, generator)
+    losses = torch.zeros(settings.steps, device=edited.device)
+    with torch.enable_grad(), _fast_products():
+        carry_out = _captured(step) if cuda else step
+        for index in range(settings.steps):
+            rows = next(draw).to(edited.device)
+            way = torch.rand(walk.batch, 1, 1, generator=generator).to(edited)
+            x.copy_(torch.lerp(edited[rows], dense[rows], way))
+            y.copy_(target[rows])
+            done = index / settings.steps
+            fall = MIN_RATIO + (1 - MIN_RATIO) * 0.5 * (1 + math.cos(math.pi * done))
+            rate.fill_(settings.learning_rate * min(1.0, (index + 1) / WARMUP) * fall)
+            carry_out()
+            losses[index] = loss
+    for p, flag in zip(parameters, before, strict=True):
+        p.requires_grad_(flag)
+        p.grad = None
+    for name, p in block.named_parameters():
+        p.data = p.data.to(own[name])
+    window = min(WARMUP, settings.steps)
+    return losses[:window].mean().item(), losses[-window:].mean().item()
+
+
+def _draws(num: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of the sequences of each step: every one once before any comes again."""
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < count:
+            left = torch.cat([left, torch.randperm(num, generator=generator)])
+        yield left[:count]
+        left = left[count:]
+
+
+def _captured(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
+    """The step as a CUDA graph after a few runs: launching its kernels one by one takes longer than they do."""
+    side = torch.cuda.Stream()
+    runs = 0
+    graph: Any = None
+
+    def carry_out() -> None:
+        nonlocal runs, graph
+        runs += 1
+        if runs <= warmup:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+        graph.replay()
+
+    return carry_out
+
+
+@contextmanager
+def _fast_products() -> Iterator[None]:
+    """TF32 within the block: training steps need no more."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

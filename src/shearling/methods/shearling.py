@@ -1,0 +1,166 @@
+"""Structured pruning block after block, by least squares over heads and channels in one budget.
+
+    x_l, y_l    input and output of block l in the dense model
+    x'_l        its input in the model pruned up to block l - 1
+    C'          inputs of an output projection (attention's, then the feed-forward layer's) on x'_l
+    T           what that projection must write so that the residual stream comes nearer to the dense one
+
+How much each block gives up is decided beforehand (methods/sensitivity.py). Then, block after block, both projections
+lose their least useful units and the others are refit to T (methods/obs.py), so that a block also makes good part of
+what the blocks before it lost. On demand all weights of the cut block are trained for a few steps on the same target
+(methods/reconstruct.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shearling.anatomy import Anatomy
+from shearling.methods.cfsp import block_importance
+from shearling.methods.obs import eliminate
+from shearling.methods.projections import ATTENTION, FFN, collect, cut_projection_, dense_pass, units, weight_of
+from shearling.methods.reconstruct import reconstruct_
+from shearling.methods.sensitivity import Harm, spend, survey
+from shearling.plan import Delta, Edit, Structure, shape_after
+from shearling.recipe import Shearling
+from shearling.surgery import cut_block_
+from shearling.sweep import Angles, Walk
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+#: channels leave in batches of this share of a block
+BATCHES = 96
+
+
+def plan_sequential(
+    walk: Walk,
+    probe: Walk,
+    settings: Shearling,
+    share: Callable[[], list[int]],
+    *,
+    remove: int,
+    group_cost: float,
+    seed: int = 0,
+    state: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> tuple[list[float], list[Edit]]:
+    """Block importance and edits; the model is left as it is.
+
+    ``remove`` is the budget in channels, ``group_cost`` what a KV group weighs in channels, ``share`` the widths
+    where they are uniform. ``state`` keeps the survey and every finished block.
+    """
+    anatomy = walk.anatomy
+    groups = [shape.kv_heads for shape in anatomy.shapes]
+    if settings.uniform:
+        widths = share()
+    else:
+        harms = _surveyed(walk, probe, settings, state, on_event)
+        widths, groups = spend(harms, anatomy, remove, group_cost, settings.round_to)
+    dense, edited = walk.entry.clone(), walk.entry.clone()
+    kept: dict[str, tuple[int, ...]] = {}
+    values: dict[str, Tensor] = {}
+    angles = []
+    for layer in range(len(walk.blocks)):
+        start = time.perf_counter()
+        file = None if state is None else state / f"cut-{layer:04d}.safetensors"
+        with walk.on_device(layer) as block:
+            target, middle = dense_pass(walk, layer, dense, block)
+            angle = Angles()
+            for rows in walk.slices():
+                angle(dense[rows], target[rows])
+            angles.append(angle.mean)
+            stand_in = copy.deepcopy(block)
+            if file is not None and file.exists():
+                own = _restore_(stand_in, layer, anatomy, file)
+            else:
+                wish = {ATTENTION: groups[layer], FFN: widths[layer]}
+                own = _cut_(walk, layer, stand_in, wish, edited, target, middle, settings)
+                if settings.reconstruct is not None:
+                    reconstruct_(walk, layer, stand_in, edited, dense, target, settings.reconstruct, seed)
+                if file is not None:
+                    _store(stand_in, own, file)
+            walk.advance(layer, edited, block=stand_in)
+        kept |= own
+        values |= {anatomy.path(layer, name): p.detach().cpu() for name, p in stand_in.named_parameters()}
+        error = ((edited - target).float().square().sum() / target.float().square().sum()).item()
+        dense = target
+        if on_event is not None:
+            seconds = time.perf_counter() - start
+            blocks = len(walk.blocks)
+            on_event({"stage": "measure", "block": layer, "blocks": blocks, "error": error, "seconds": seconds})
+    return block_importance(angles), [Structure(kept), Delta(values)]
+
+
+def _cut_(
+    walk: Walk,
+    layer: int,
+    block: nn.Module,
+    wish: dict[str, int],
+    edited: Tensor,
+    target: Tensor,
+    middle: Tensor,
+    settings: Shearling,
+) -> dict[str, tuple[int, ...]]:
+    """Cut attention, then the feed-forward layer, each on the stream as edited so far; returns what is kept."""
+    anatomy = walk.anatomy
+    kept: dict[str, tuple[int, ...]] = {}
+    for part, number in wish.items():
+        products = collect(walk, layer, block, part, edited, target, middle, correction=settings.correction)
+        total, width = units(anatomy, layer, part)
+        chosen = torch.ones(total, dtype=torch.bool)
+        if number < total:
+            weight = weight_of(block, anatomy, part)
+            batch = max(1, total // BATCHES)
+            damping = settings.damping
+            found = eliminate(*products, weight, remove=total - number, unit=width, damping=damping, batch=batch)
+            chosen[found.order] = False
+        units_kept = chosen.nonzero().flatten()
+        structure = cut_projection_(block, layer, anatomy, part, units_kept, products, settings.damping)
+        anatomy = shape_after(anatomy, structure)
+        kept |= structure.kept
+    return kept
+
+
+def _surveyed(walk: Walk, probe: Walk, settings: Shearling, state: Path | None, on_event: OnEvent | None) -> list[Harm]:
+    file = None if state is None else state / "survey.json"
+    if file is not None and file.exists():
+        return [Harm.from_json(harm) for harm in json.loads(file.read_text())]
+    found = survey(walk, probe, damping=settings.damping, heads=settings.heads, on_event=on_event)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps([harm.to_json() for harm in found]))
+        unfinished.replace(file)
+    return found
+
+
+def _store(block: nn.Module, kept: dict[str, tuple[int, ...]], file: Path) -> None:
+    tensors = {f"value/{name}": p.detach().cpu().contiguous() for name, p in block.named_parameters()}
+    tensors |= {f"kept/{space}": torch.tensor(indices, dtype=torch.int32) for space, indices in kept.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    save_file(tensors, unfinished)
+    unfinished.replace(file)
+
+
+@torch.no_grad()
+def _restore_(block: nn.Module, layer: int, anatomy: Anatomy, file: Path) -> dict[str, tuple[int, ...]]:
+    """Make a copy of the dense block the cut one that was stored."""
+    with safe_open(file, framework="pt") as stored:
+        names = list(stored.keys())
+        tensors = {name: stored.get_tensor(name) for name in names}
+    kept = {name.removeprefix("kept/"): tuple(t.tolist()) for name, t in tensors.items() if name.startswith("kept/")}
+    cut_block_(block, layer, anatomy, Structure(kept))
+    for name, parameter in block.named_parameters():
+        parameter.copy_(tensors[f"value/{name}"])
+    return kept
