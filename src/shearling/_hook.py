@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -20,9 +21,8 @@ def register_when_loaded() -> None:
 
 
 def _register() -> None:
-    from shearling.export.classes import register
-
-    register()
+    # the module registers as it is imported; where its own import set this off, it will when it comes to its end
+    import_module("shearling.export.classes")
 
 
 class _Finder(MetaPathFinder):

@@ -42,3 +42,6 @@ def register() -> None:
         config_class, model_class = per_layer_classes(model_type)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+register()

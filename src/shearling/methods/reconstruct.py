@@ -34,7 +34,7 @@ def reconstruct_(
     settings: Reconstruct,
     seed: int,
 ) -> tuple[float, float]:
-    """Train all tensors of ``block``, a stand-in for block ``layer``; returns its mean loss in the first and last steps.
+    """Train all tensors of ``block``, a stand-in for block ``layer``; returns its mean loss in first and last steps.
 
     ``edited`` (x'), ``dense`` (x) and ``target`` (y) are [num, T, hidden]; a step reads ``walk.batch`` sequences. Adam
     in float32; half-precision blocks are trained in float32 under autocast and come back in their own dtype.

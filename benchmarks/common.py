@@ -1,0 +1,78 @@
+"""What the benchmarks share: their arguments, their texts, their rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.data import corpus_tokens, windows
+from shearling.evaluate import perplexity
+
+Row = dict[str, Any]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """``--data``, ``--json``, ``--quick``, ``--device`` and ``--model``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="folder with calibration/, corpus/ and eval/")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--quick", action="store_true", help="a smaller comparison, under two minutes on two cores")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
+    return parser
+
+
+class Rows:
+    """Rows of a benchmark: printed as they come, and written as a JSON list."""
+
+    def __init__(self, columns: Sequence[str], file: Path | None) -> None:
+        self.columns, self.file = columns, file
+        self.rows: list[Row] = []
+        print(" | ".join(columns), flush=True)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        print(" | ".join(_text(row.get(column)) for column in self.columns), flush=True)
+        if self.file is not None:
+            self.file.write_text(json.dumps(self.rows, indent=1))
+
+
+def device_name(device: str | torch.device) -> str:
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def calibration(data: Path, tokenizer: Any, sequences: int, length: int) -> Tensor:
+    """The first windows of the C4 calibration text."""
+    source = data / "calibration" / "c4_calib.jsonl.zst"
+    return windows(corpus_tokens(source, tokenizer, max_tokens=sequences * length), sequences, length)
+
+
+def held_out(data: Path, tokenizer: Any, max_tokens: int) -> dict[str, Tensor]:
+    """Tokens by corpus: WikiText-2 test (rows joined by two newlines) and every ``corpus/*.val`` file."""
+    files = {"wikitext2.test": data / "eval" / "wikitext2" / "hf_rows.test.jsonl"}
+    for file in sorted((data / "corpus").glob("*.val.jsonl.zst")):
+        files[file.name.removesuffix(".jsonl.zst")] = file
+    return {name: corpus_tokens(file, tokenizer, whole=True, max_tokens=max_tokens) for name, file in files.items()}
+
+
+def score(model: Any, texts: dict[str, Tensor], context: int, batch: int) -> dict[str, tuple[float, int]]:
+    """(perplexity, tokens scored) by corpus."""
+    found = {}
+    for name, tokens in texts.items():
+        result = perplexity(model, tokens, context=context, stride=context, batch=batch)
+        found[name] = (result.value, result.tokens)
+    return found
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,91 @@
+"""Structured pruning without training: perplexity of every method at equal budgets.
+
+    python benchmarks/structured_one_shot.py --data DIR [--json FILE] [--quick]
+
+All methods see the same calibration tokens (48 x 1024 of C4) and remove the same number of FFN channels; the released
+CFSP rounds up and keeps at most one more a block. Settings were chosen on WikiText-2 valid.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Rows, arguments, calibration, device_name, held_out, score
+
+from shearling.anatomy import anatomy_of
+from shearling.methods.structured import Settings, plan_structured
+from shearling.models import load_model, load_tokenizer
+from shearling.plan import inventory_of, sizes
+from shearling.recipe import CFSP, Baseline, CFSPReference, Reconstruct, Shearling
+from shearling.surgery import cut_
+
+
+def methods(sparsity: float, *, quick: bool, gpu: bool) -> dict[str, Settings]:
+    """Settings by the name they have in the table."""
+    # gradients inside one block only: up to 60 s of a GPU or 10 minutes of two cores for the model
+    reconstruct = Reconstruct(steps=2 if quick else 300 if gpu else 24)
+    table: dict[str, Settings] = {
+        "random": Baseline(method="random", sparsity=sparsity),
+        "magnitude": Baseline(method="magnitude", sparsity=sparsity),
+        "wanda-sp": Baseline(method="wanda-sp", sparsity=sparsity),
+        "flap": Baseline(method="flap", sparsity=sparsity),
+        "cfsp-reference": CFSPReference(sparsity=sparsity),
+        "cfsp": CFSP(sparsity=sparsity),
+        "shearling": Shearling(sparsity=sparsity),
+        "shearling-reconstructed": Shearling(sparsity=sparsity, reconstruct=reconstruct),
+    }
+    return table
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--sparsities", nargs="+", type=float, help="shares of the FFN channels")
+    args = parser.parse_args()
+    quick, gpu = args.quick, args.device.startswith("cuda")
+    model: Any = load_model(args.model, dtype=torch.float32, device=args.device)
+    tokenizer = load_tokenizer(args.model)
+    tokens = calibration(args.data, tokenizer, 4 if quick else 48, 512 if quick else 1024).to(args.device)
+    context = 512 if quick else 1024
+    texts = held_out(args.data, tokenizer, 4 * context if quick else 64 * context)
+    if quick:
+        texts = {name: texts[name] for name in ("wikitext2.test", "web.val")}
+    columns = ["method", "sparsity", "corpus", "perplexity", "parameters", "tokens", "context", "seconds"]
+    rows = Rows(columns, args.json)
+    print(f"# {device_name(args.device)}, torch {torch.__version__}, calibration {tuple(tokens.shape)}", flush=True)
+
+    def report(name: str, sparsity: float, candidate: Any, seconds: float) -> None:
+        found = score(candidate, texts, context, 8 if gpu else 1)
+        parameters = sizes(inventory_of(candidate), anatomy_of(candidate.config)).parameters
+        corpora = [value for corpus, (value, _) in found.items() if corpus != "wikitext2.test"]
+        common = {"method": name, "sparsity": sparsity, "parameters": parameters, "context": context}
+        for corpus, (value, count) in found.items():
+            rows.add(**common, corpus=corpus, perplexity=value, tokens=count, seconds=seconds)
+        mean = sum(corpora) / len(corpora)
+        total = sum(count for corpus, (_, count) in found.items() if corpus != "wikitext2.test")
+        rows.add(**common, corpus="mean of corpora", perplexity=mean, tokens=total, seconds=seconds)
+
+    report("dense", 0.0, model, 0.0)
+    wanted = args.methods or (["magnitude", "cfsp-reference", "cfsp", "shearling"] if quick else None)
+    with tempfile.TemporaryDirectory() as statistics:
+        for sparsity in args.sparsities or ([0.5] if quick else [0.2, 0.35, 0.5]):
+            for name, settings in methods(sparsity, quick=quick, gpu=gpu).items():
+                if wanted is not None and name not in wanted:
+                    continue
+                start = time.perf_counter()
+                outcome = plan_structured(model, tokens, settings, batch=4, state_dir=Path(statistics))
+                if gpu:
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                candidate = copy.deepcopy(model)
+                cut_(candidate, outcome.edits)
+                report(name, sparsity, candidate, seconds)
+
+
+if __name__ == "__main__":
+    main()
