@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 97
 _COMMON = {
@@ -81,3 +86,21 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
 def tiny_tokens(batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids, [batch, length]."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> Any:
+    """One token a printable character, the first ones special."""
+    vocabulary = {name: index for index, name in enumerate(["<unk>", "<s>", "</s>"])}
+    for code in range(32, 32 + VOCAB - len(vocabulary)):
+        vocabulary[chr(code)] = len(vocabulary)
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = Split(Regex("."), "isolated")
+    core.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_folder(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:
+    """A checkpoint of a tiny model with its tokenizer."""
+    tiny_model(model_type, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

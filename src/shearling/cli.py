@@ -181,15 +181,12 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line and exit code 2, a signal in 130."""
+    """Run the command; a user's mistake ends in one line and exit code 2, an interruption in 130."""
     try:
         app()
     except ShearlingError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        typer.echo(f"interrupted; {interrupt}" if str(interrupt) else "interrupted", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         # the reader of our output has left; nothing of ours is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -206,7 +203,8 @@ def _working(hint: str) -> Iterator[Any]:
         try:
             yield narrator
         except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(hint) from interrupt
+            typer.echo(f"interrupted; {hint}", err=True)
+            raise typer.Exit(130) from interrupt
 
 
 def _quiet() -> None:

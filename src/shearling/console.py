@@ -60,7 +60,7 @@ class Narrator:
             self._step(stage, event["step"], event["steps"], speed)
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _step(self, what: str, done: int, total: int, state: str) -> None:
         if self._live:

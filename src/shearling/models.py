@@ -92,7 +92,9 @@ def _loaded(name: str, load: Any, **options: Any) -> Any:
     source = resolve(name)
     try:
         return load(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except ShearlingError:
+        raise
+    except Exception as error:  # whatever a checkpoint of someone else's making sets off
         reason = " ".join(str(error).split())
         raise ShearlingError(f"model {name!r}: cannot be loaded ({reason[:300]})") from error
 

@@ -111,18 +111,15 @@ def restore_plan(model: Any, edits: Sequence[Edit], name: str, method: str, impo
 def channels_to_remove(anatomy: Anatomy, inventory: Any, settings: Settings) -> int:
     """The budget in FFN channels over all blocks; ShearlingError where the FFN layers cannot pay for it."""
     total = sum(shape.ffn for shape in anatomy.shapes)
-    if settings.of == "ffn":
-        return round(settings.sparsity * total)
     channel, _ = unit_parameters(inventory, anatomy, 0)
     before: Sizes = sizes(inventory, anatomy)
-    # one channel weighs the same share of the bytes as of the parameters wherever the dtype is one
-    wanted = before.parameters if settings.of == "parameters" else before.bytes * before.parameters / before.bytes
-    remove = round(settings.sparsity * wanted / channel)
+    # one channel weighs the same share of the bytes as of the parameters, since a model has one dtype
+    unit = 1 / total if settings.of == "ffn" else channel / before.parameters
+    remove = round(settings.sparsity / unit)
     if remove > total - anatomy.num_layers:
-        limit = (total - anatomy.num_layers) * channel / before.parameters
         raise ShearlingError(
-            f"sparsity={settings.sparsity:g} of {settings.of}: the FFN channels are {limit:.3f} of the model, "
-            "choose less"
+            f"prune.sparsity = {settings.sparsity:g} of {settings.of}: {max(0, total - remove)} of {total} channels would "
+            f"stay, fewer than one a block; choose at most {(total - anatomy.num_layers) * unit:.4f}"
         )
     return remove
 

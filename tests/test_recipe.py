@@ -1,0 +1,124 @@
+"""Recipes: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shearling.errors import RecipeError
+from shearling.recipe import CFSP, load_recipe, parse_recipe, schema
+
+BASE = {
+    "model": "smollm2-135m",
+    "stages": [{"stage": "prune", "method": "cfsp", "sparsity": 0.2}, {"stage": "recover", "method": "lora"}],
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    return file
+
+
+def message(file: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("file", sorted(Path("recipes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_recipes_are_valid(file: Path) -> None:
+    assert load_recipe(file).prune.sparsity > 0
+
+
+def test_a_dumped_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.dump())
+    assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", ".nan", "-0.1", ".inf"])
+def test_sparsity_outside_0_to_1_is_refused(recipe_file: Path, value: str) -> None:
+    text = message(recipe_file, f"prune.sparsity={value}")
+    assert "prune.sparsity" in text
+    assert "above 0 and below 1" in text
+
+
+@given(st.floats(min_value=0.0, max_value=1.0, exclude_min=True, exclude_max=True))
+def test_every_share_between_is_accepted(value: float) -> None:
+    assert CFSP(sparsity=value).sparsity == value
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("prune.method=cfps", ["prune.method", "'cfps'", "did you mean cfsp?", "wanda-sp"]),
+        ("prune.sparsty=0.3", ["prune.sparsty", "unknown key", "did you mean sparsity?"]),
+        ("recover.mean_rnk=4", ["recover.mean_rnk", "did you mean mean_rank?"]),
+        ("evaluate.contxt=512", ["evaluate.contxt", "did you mean context?"]),
+        ("calibraton.length=512", ["calibraton", "the recipe has prune, recover"]),
+        ("modle=x", ["modle", "did you mean model?"]),
+        ("prune.sparsity=abc", ["prune.sparsity = 'abc'", "must be a valid number"]),
+        ("prune.sparsity=", ["prune.sparsity = None", "must be a valid number"]),
+        ("prune.sparsity.deep=1", ["prune.sparsity", "must be a valid number"]),
+        ("prune.round_to=0", ["prune.round_to = 0", "greater than or equal to 1"]),
+        ("recover.method=ful", ["recover.method = 'ful'", "lora, full", "did you mean full?"]),
+        ("prune.stage=prunes", ["'prunes'", "did you mean prune?"]),
+        ("prune.sparsity", ["--set prune.sparsity", "stage.field=value"]),
+        ("calibration.length=1", ["calibration.length = 1", "greater than or equal to 2"]),
+        ("dtype=float8", ["dtype = 'float8'", "float32"]),
+        ("stages=[]", ["stages", "at least 1"]),
+    ],
+)
+def test_mistakes_are_named_with_a_remedy(recipe_file: Path, override: str, parts: list[str]) -> None:
+    text = message(recipe_file, override)
+    for part in parts:
+        assert part in text
+
+
+def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["prune.sparsity=0.5", "evaluate.context=64", "seed=3", "recover.mean_rank=2"])
+    assert (recipe.prune.sparsity, recipe.evaluate.context, recipe.seed) == (0.5, 64, 3)
+    assert recipe.recover is not None
+    assert recipe.recover.model_dump()["mean_rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "what"),
+    [
+        ([BASE["stages"][1]], "must be prune, or prune then recover"),
+        ([BASE["stages"][0]] * 2, "must be prune, or prune then recover"),
+        (["prune"], "stages.0"),
+    ],
+)
+def test_order_of_stages(stages: list[object], what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        parse_recipe({**BASE, "stages": stages})
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [("", "must be a mapping"), ("a: [", "no YAML"), ("- 1", "must be a mapping"), ("stages: []", "model: is missing")],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, content: str, what: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(content)
+    assert what in message(file)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert "cannot be read" in message(tmp_path / "none.yaml")
+
+
+def test_schema_names_every_method() -> None:
+    text = str(schema())
+    for method in ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", "lora", "full"):
+        assert f"'{method}'" in text

@@ -1,0 +1,194 @@
+"""Runs: what they leave behind, and that a killed one ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import shearling
+from shearling.errors import ShearlingError
+from shearling.recipe import Recipe, load_recipe
+from shearling.run import run
+from tests.tiny import tiny_folder, tiny_tokens
+
+WORDS = "the sheep stood on the hill and the wind went over the grass while the shearer counted them one by one. "
+
+
+def make_recipe(tmp_path: Path, **changes: Any) -> Path:
+    """A recipe file over a tiny model and text files beside it."""
+    model = tiny_folder(tmp_path / "dense")
+    for name, times in (("calibration", 8), ("recovery", 16), ("evaluation", 6)):
+        (tmp_path / f"{name}.txt").write_text(WORDS * times)
+    content: dict[str, Any] = {
+        "model": str(model),
+        "device": "cpu",
+        "calibration": {"text": str(tmp_path / "calibration.txt"), "sequences": 6, "length": 32, "batch": 2},
+        "evaluate": {"text": str(tmp_path / "evaluation.txt"), "context": 32, "stride": 32, "samples": ["the sheep"]},
+        "stages": [
+            {"stage": "prune", "method": "cfsp", "sparsity": 0.3},
+            {
+                "stage": "recover",
+                "method": "lora",
+                "text": str(tmp_path / "recovery.txt"),
+                "tokens": 768,
+                "length": 32,
+                "batch": 4,
+                "micro_batch": 2,
+                "learning_rate": 0.01,
+                "mean_rank": 2,
+                "checkpoint_every": 1,
+            },
+        ],
+    }
+    content.update(changes)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe(make_recipe(tmp_path))
+
+
+def comparable(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on how often a run was stopped."""
+    return {key: value for key, value in metrics.items() if key != "stages"}
+
+
+def test_a_run_leaves_what_it_promises(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    metrics = run(recipe, out)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    for name in ("recipe.yaml", "plan.json", "metrics.jsonl", "report.html", "log.txt", "model/shearling.json"):
+        assert (out / name).stat().st_size > 0
+    assert load_recipe(out / "recipe.yaml") == recipe
+    plan = json.loads((out / "plan.json").read_text())
+    for name, side in (("dense", "before"), ("pruned", "after"), ("recovered", "after")):
+        row = metrics[name]
+        assert row["parameters"] == plan[side]["parameters"]
+        assert row["bytes"] == plan[side]["bytes"]
+        assert (row["context"], row["stride"], row["corpus"]) == (32, 32, str(tmp_path / "evaluation.txt"))
+        assert row["tokens"] > 0
+    assert metrics["recovered"]["perplexity"] < metrics["pruned"]["perplexity"]
+    assert {stage["name"] for stage in metrics["stages"]} == {"dense", "measure", "pruned", "recover", "recovered"}
+    assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 0 for stage in metrics["stages"])
+    assert set(metrics["samples"][0]) == {"prompt", "dense", "pruned", "recovered"}
+    card = (out / "model" / "README.md").read_text()
+    assert f"{metrics['recovered']['perplexity']:.3f}" in card
+    assert not list(out.rglob("*.unfinished"))
+    assert sorted(entry.name for entry in (out / "state").iterdir() if entry.is_dir()) == ["edits"]
+
+
+def test_the_saved_model_is_the_one_that_was_scored(recipe: Recipe, tmp_path: Path) -> None:
+    metrics = run(recipe, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
+    tokenizer = shearling.load_tokenizer(str(tmp_path / "out" / "model"))
+    tokens = shearling.corpus_tokens(tmp_path / "evaluation.txt", tokenizer, whole=True)
+    found = shearling.perplexity(model, tokens, context=32, stride=32)
+    assert found.value == pytest.approx(metrics["recovered"]["perplexity"], rel=1e-6)
+
+
+def test_full_recovery_in_half_precision(tmp_path: Path) -> None:
+    file = make_recipe(tmp_path, dtype="bfloat16")
+    content = yaml.safe_load(file.read_text())
+    content["stages"][1] = {**content["stages"][1], "method": "full", "distill": 0.5}
+    del content["stages"][1]["mean_rank"]
+    file.write_text(yaml.safe_dump(content))
+    metrics = run(load_recipe(file), tmp_path / "out")
+    assert metrics["recovered"]["perplexity"] < metrics["pruned"]["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_finished_run_is_not_done_again(recipe: Recipe, tmp_path: Path) -> None:
+    first = run(recipe, tmp_path / "out")
+    events: list[dict[str, Any]] = []
+    assert run(recipe, tmp_path / "out", resume=True, on_event=events.append) == first
+    assert events == []
+
+
+def test_another_recipe_does_not_resume(recipe: Recipe, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "out")
+    with pytest.raises(ShearlingError, match=r"already holds a run"):
+        run(recipe, tmp_path / "out")
+    other = load_recipe(tmp_path / "recipe.yaml", ["prune.sparsity=0.4"])
+    with pytest.raises(ShearlingError, match=r"stages\.0\.sparsity=0\.3, this recipe says 0\.4"):
+        run(other, tmp_path / "out", resume=True)
+
+
+def test_foreign_files_are_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ShearlingError, match="holds files but no run"):
+        run(recipe, tmp_path / "out", resume=True)
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+DRIVER = textwrap.dedent(
+    """
+    import os, signal, sys
+    from pathlib import Path
+    from shearling.recipe import load_recipe
+    from shearling.run import run
+
+    stage, key, count, number = sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+
+    def strike(event):
+        if event.get("stage") == stage and event.get(key) == count:
+            os.kill(os.getpid(), number)
+
+    try:
+        run(load_recipe(sys.argv[1]), Path(sys.argv[2]), resume=True, on_event=strike)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    """
+)
+#: where a run is struck: (stage, key of the event, its value)
+PLACES = [("measure", "block", 1), ("pruned", "finished", True), ("recover", "step", 3)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+def test_a_struck_run_resumes_to_the_same_result(tmp_path: Path, number: signal.Signals) -> None:
+    file = make_recipe(tmp_path)
+    undisturbed = run(load_recipe(file), tmp_path / "undisturbed")
+    out = tmp_path / "struck"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for stage, key, count in PLACES:
+        command = [sys.executable, "-c", DRIVER, str(file), str(out), stage, key, str(int(count)), str(int(number))]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == (-9 if number == signal.SIGKILL else 130), ended.stderr
+        assert not (out / "model").exists()
+    events: list[dict[str, Any]] = []
+    resumed = run(load_recipe(file), out, resume=True, on_event=events.append)
+    assert comparable(resumed) == comparable(undisturbed)
+    assert not any(event.get("stage") == "measure" for event in events)
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+        for folder in (out, tmp_path / "undisturbed")
+    )
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    steps = [json.loads(line).get("step") for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {step for step in steps if step} == set(range(1, 7))
+
+
+def test_the_api_does_the_same_in_five_lines(tmp_path: Path) -> None:
+    folder = str(tiny_folder(tmp_path / "dense"))
+    model, tokenizer = shearling.load_model(folder), shearling.load_tokenizer(folder)
+    outcome = shearling.plan_structured(model, tiny_tokens(4, 24), shearling.CFSP(sparsity=0.25), batch=2)
+    shearling.cut_(model, outcome.edits)
+    shearling.save_model(model, tokenizer, tmp_path / "pruned", provenance={})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    torch.testing.assert_close(again(tiny_tokens()).logits, model(tiny_tokens()).logits)
