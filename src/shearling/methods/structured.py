@@ -118,8 +118,8 @@ def channels_to_remove(anatomy: Anatomy, inventory: Any, settings: Settings) -> 
     remove = round(settings.sparsity / unit)
     if remove > total - anatomy.num_layers:
         raise ShearlingError(
-            f"prune.sparsity = {settings.sparsity:g} of {settings.of}: {max(0, total - remove)} of {total} channels would "
-            f"stay, fewer than one a block; choose at most {(total - anatomy.num_layers) * unit:.4f}"
+            f"prune.sparsity = {settings.sparsity:g} of {settings.of}: {max(0, total - remove)} of {total} channels "
+            f"would stay, fewer than one a block; choose at most {(total - anatomy.num_layers) * unit:.4f}"
         )
     return remove
 
