@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from shearling.plan import (
     Plan,
     Sizes,
     Structure,
+    TensorSize,
     inventory_after,
     inventory_of,
     round_to_total,
@@ -152,7 +153,8 @@ def decide(
         importance = block_importance(angles)
     all_scores = [_score(walk, layer, block, settings, seed) for layer, block in enumerate(found)]
     if isinstance(settings, CFSPReference):
-        share = remove / sum(shape.ffn for shape in anatomy.shapes)
+        # as released: the share itself, not the whole number of channels that it makes of all
+        share = settings.sparsity if settings.of == "ffn" else remove / sum(shape.ffn for shape in anatomy.shapes)
         widths = reference_widths(keep_ratios(importance, share), anatomy.shapes[0].ffn, _reference_multiple(settings))
     elif settings.method == "flap" and not settings.uniform:
         widths = _global_widths(all_scores, remove)
@@ -249,17 +251,23 @@ def _global_widths(all_scores: Sequence[Tensor], remove: int) -> list[int]:
 def _plan(
     name: str, method: str, before: Anatomy, inventory: Any, edits: Sequence[Edit], importance: Sequence[float]
 ) -> Plan:
-    after, layers = before, tuple(range(before.num_layers))
+    after, added = before, {}
     for edit in edits:
         if isinstance(edit, Structure):
             after = shape_after(before, edit)
+        elif isinstance(edit, Delta):
+            # biases that the model had not (FLAP)
+            new = {n: value for n, value in edit.values.items() if n not in inventory and n.endswith(".bias")}
+            added |= {n: TensorSize(tuple(value.shape), value.element_size()) for n, value in new.items()}
+            inner = {n.removeprefix(before.path(before.layer_of(n) or 0) + ".").removesuffix(".bias") for n in new}
+            after = replace(after, biases=tuple(sorted({*after.biases, *inner})))
     return Plan(
         model=name,
         method=method,
         before=sizes(inventory, before),
-        after=sizes(inventory_after(inventory, before, after), after),
+        after=sizes(inventory_after(inventory, before, after) | added, after),
         anatomy_before=before,
         anatomy_after=after,
-        layers=layers,
+        layers=tuple(range(before.num_layers)),
         importance=tuple(importance),
     )
