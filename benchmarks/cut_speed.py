@@ -1,0 +1,82 @@
+"""What the cut buys on general devices: prefill and decode speed of dense and cut models, uniform and per-layer widths.
+
+    python benchmarks/cut_speed.py --data DIR [--json FILE] [--quick]
+
+On a CPU SmolLM2-135M in float32; on a GPU a model of LLaMA-2-7B's shape with random weights in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import torch
+from calibration_speed import random_7b
+from common import Rows, arguments, device_name
+
+from shearling.anatomy import anatomy_of
+from shearling.evaluate import speed
+from shearling.methods.cfsp import block_importance, keep_ratios
+from shearling.models import load_model
+from shearling.plan import Structure, inventory_of, round_to_total, sizes
+from shearling.surgery import cut_
+
+COLUMNS = ["what", "phase", "batch", "tokens_per_second", "ratio", "parameters", "parameter_ratio", "device"]
+
+
+def structure(model: Any, sparsity: float, *, uniform: bool, multiple: int) -> Structure:
+    """The first channels of each block: one width for all, or widths as angles between 0.05 and 0.4 would give."""
+    anatomy = anatomy_of(model.config)
+    count, full = anatomy.num_layers, anatomy.shapes[0].ffn
+    angles = [0.05 + 0.35 * abs(2 * layer / (count - 1) - 1) for layer in range(count)]
+    keep = keep_ratios([1.0] * count if uniform else block_importance(angles), sparsity)
+    total = round((1 - sparsity) * full / multiple) * multiple * count
+    bounds = {"low": [multiple] * count, "high": [full] * count}
+    widths = round_to_total([k * full for k in keep], total, multiple=multiple, **bounds)
+    return Structure({f"ffn.{layer}": tuple(range(width)) for layer, width in enumerate(widths)})
+
+
+def main() -> None:
+    args = arguments(__doc__ or "").parse_args()
+    gpu = args.device.startswith("cuda")
+    if gpu:
+        dense = random_7b(4 if args.quick else 32, "cuda")
+        cases = [(1, 2048, 64), (16, 512, 64)]
+    else:
+        dense = load_model(args.model, dtype=torch.float32)
+        cases = [(1, 64, 8)] if args.quick else [(1, 512, 32)]
+    rows = Rows(COLUMNS, args.json)
+    name, multiple = device_name(args.device), 64 if gpu else 1
+    base: dict[tuple[str, int], float] = {}
+    full = sizes(inventory_of(dense), anatomy_of(dense.config)).parameters
+    variants: list[tuple[str, float, bool]] = [("dense", 0.0, True)]
+    for sparsity in (0.2, 0.5):
+        variants += [(f"{sparsity:.0%} uniform", sparsity, True), (f"{sparsity:.0%} per layer", sparsity, False)]
+    for what, sparsity, uniform in variants:
+        model = copy.deepcopy(dense)
+        if sparsity:
+            cut_(model, [structure(model, sparsity, uniform=uniform, multiple=multiple)])
+        parameters = sizes(inventory_of(model), anatomy_of(model.config)).parameters
+        for batch, prompt, generate in cases:
+            found = speed(model, prompt=prompt, generate=generate, batch=batch, repeats=1 if args.quick else 3)
+            for phase in ("prefill", "decode"):
+                rate = getattr(found, f"{phase}_tokens_per_second")
+                floor = base.setdefault((phase, batch), rate)
+                rows.add(
+                    what=what,
+                    phase=phase,
+                    batch=batch,
+                    tokens_per_second=rate,
+                    ratio=rate / floor,
+                    parameters=parameters,
+                    parameter_ratio=parameters / full,
+                    device=name,
+                    peak_bytes=found.peak_bytes,
+                )
+        del model
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
