@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from shearling.data import corpus_tokens, windows
 from shearling.evaluate import perplexity
 
 Row = dict[str, Any]
+WIKITEXT = "wikitext2.test"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -57,12 +59,28 @@ def calibration(data: Path, tokenizer: Any, sequences: int, length: int) -> Tens
     return windows(corpus_tokens(source, tokenizer, max_tokens=sequences * length), sequences, length)
 
 
-def held_out(data: Path, tokenizer: Any, max_tokens: int) -> dict[str, Tensor]:
-    """Tokens by corpus: WikiText-2 test (rows joined by two newlines) and every ``corpus/*.val`` file."""
-    files = {"wikitext2.test": data / "eval" / "wikitext2" / "hf_rows.test.jsonl"}
+def held_out(data: Path, tokenizer: Any, max_tokens: int, domains: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Tokens by corpus: WikiText-2 test (rows joined by two newlines) and every (or each named) ``corpus/*.val``."""
+    files = {WIKITEXT: data / "eval" / "wikitext2" / "hf_rows.test.jsonl"}
     for file in sorted((data / "corpus").glob("*.val.jsonl.zst")):
-        files[file.name.removesuffix(".jsonl.zst")] = file
+        if domains is None or file.name.partition(".")[0] in domains:
+            files[file.name.removesuffix(".jsonl.zst")] = file
     return {name: corpus_tokens(file, tokenizer, whole=True, max_tokens=max_tokens) for name, file in files.items()}
+
+
+def wikitext_valid(data: Path, tokenizer: Any, max_tokens: int) -> Tensor:
+    """Tokens that settings are chosen on."""
+    return corpus_tokens(
+        data / "eval" / "wikitext2" / "hf_rows.valid.jsonl", tokenizer, whole=True, max_tokens=max_tokens
+    )
+
+
+def mixture(data: Path, tokenizer: Any, budget: int, length: int) -> Tensor:
+    """Training windows [n, length]: equal parts of the ``corpus/*.train`` domains, less where a domain has less."""
+    files = sorted((data / "corpus").glob("*.train.jsonl.zst"))
+    share = math.ceil(budget / len(files) / length) * length
+    parts = [windows(corpus_tokens(file, tokenizer, max_tokens=share), None, length) for file in files]
+    return torch.cat(parts)
 
 
 def score(model: Any, texts: dict[str, Tensor], context: int, batch: int) -> dict[str, tuple[float, int]]:
@@ -72,6 +90,16 @@ def score(model: Any, texts: dict[str, Tensor], context: int, batch: int) -> dic
         result = perplexity(model, tokens, context=context, stride=context, batch=batch)
         found[name] = (result.value, result.tokens)
     return found
+
+
+def report_quality(rows: Rows, found: dict[str, tuple[float, int]], **common: Any) -> None:
+    """A row a corpus, and one for the mean perplexity of all corpora but WikiText-2."""
+    for corpus, (value, count) in found.items():
+        rows.add(**common, corpus=corpus, perplexity=value, tokens=count)
+    others = [pair for corpus, pair in found.items() if corpus != WIKITEXT]
+    if len(others) > 1:
+        mean = sum(value for value, _ in others) / len(others)
+        rows.add(**common, corpus="mean of corpora", perplexity=mean, tokens=sum(count for _, count in others))
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Rows, arguments, calibration, device_name, held_out, score
+from common import Rows, arguments, calibration, device_name, held_out, report_quality, score
 
 from shearling.anatomy import anatomy_of
 from shearling.methods.structured import Settings, plan_structured
@@ -52,23 +52,15 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     tokens = calibration(args.data, tokenizer, 4 if quick else 48, 512 if quick else 1024).to(args.device)
     context = 512 if quick else 1024
-    texts = held_out(args.data, tokenizer, 4 * context if quick else 64 * context)
-    if quick:
-        texts = {name: texts[name] for name in ("wikitext2.test", "web.val")}
+    texts = held_out(args.data, tokenizer, (4 if quick else 64) * context, ("web",) if quick else None)
     columns = ["method", "sparsity", "corpus", "perplexity", "parameters", "tokens", "context", "seconds"]
     rows = Rows(columns, args.json)
     print(f"# {device_name(args.device)}, torch {torch.__version__}, calibration {tuple(tokens.shape)}", flush=True)
 
     def report(name: str, sparsity: float, candidate: Any, seconds: float) -> None:
-        found = score(candidate, texts, context, 8 if gpu else 1)
         parameters = sizes(inventory_of(candidate), anatomy_of(candidate.config)).parameters
-        corpora = [value for corpus, (value, _) in found.items() if corpus != "wikitext2.test"]
         common = {"method": name, "sparsity": sparsity, "parameters": parameters, "context": context}
-        for corpus, (value, count) in found.items():
-            rows.add(**common, corpus=corpus, perplexity=value, tokens=count, seconds=seconds)
-        mean = sum(corpora) / len(corpora)
-        total = sum(count for corpus, (_, count) in found.items() if corpus != "wikitext2.test")
-        rows.add(**common, corpus="mean of corpora", perplexity=mean, tokens=total, seconds=seconds)
+        report_quality(rows, score(candidate, texts, context, 8 if gpu else 1), **common, seconds=seconds)
 
     report("dense", 0.0, model, 0.0)
     wanted = args.methods or (["magnitude", "cfsp-reference", "cfsp", "shearling"] if quick else None)

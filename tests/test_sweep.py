@@ -20,7 +20,7 @@ def test_walk_is_the_forward_pass(family: str) -> None:
     tokens = tiny_tokens(batch=5)
     expected = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     walk = Walk(model, tokens, batch=2)
-    states = walk.entry.clone()
+    states = walk.enter()
     for layer in range(len(walk.blocks)):
         with walk.on_device(layer):
             walk.advance(layer, states)

@@ -58,7 +58,7 @@ def survey(
     walk: Walk, probe: Walk, *, damping: float, heads: bool, on_event: Callable[[dict[str, Any]], None] | None = None
 ) -> list[Harm]:
     """Harm of every block: statistics on ``walk``'s sequences, divergence on ``probe``'s."""
-    states, small = walk.entry.clone(), probe.entry.clone()
+    states, small = walk.enter(), probe.enter()
     variants: dict[tuple[str, int, int], Tensor] = {}
     errors = []
     for layer in range(len(walk.blocks)):

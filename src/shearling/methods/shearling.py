@@ -66,7 +66,8 @@ def plan_sequential(
     else:
         harms = _surveyed(walk, probe, settings, state, on_event)
         widths, groups = spend(harms, anatomy, remove, group_cost, settings.round_to)
-    dense, edited = walk.entry.clone(), walk.entry.clone()
+    dense = walk.enter()
+    edited = dense.clone()
     kept: dict[str, tuple[int, ...]] = {}
     values: dict[str, Tensor] = {}
     angles = []

@@ -15,7 +15,7 @@ from shearling.errors import ShearlingError
 from shearling.methods import scores
 from shearling.methods.cfsp import block_importance, keep_ratios, reference_widths
 from shearling.methods.obs import eliminate, refit
-from shearling.methods.projections import input_first
+from shearling.methods.projections import FFN, input_first, weight_of
 from shearling.methods.shearling import plan_sequential
 from shearling.plan import (
     Delta,
@@ -32,7 +32,7 @@ from shearling.plan import (
     unit_parameters,
 )
 from shearling.recipe import CFSP, Baseline, CFSPReference, Shearling
-from shearling.sweep import BlockStatistics, Walk, fingerprint, measure
+from shearling.sweep import BlockStatistics, InputStatistics, Walk, fingerprint, measure
 
 OnEvent = Callable[[dict[str, Any]], None]
 Settings = CFSP | CFSPReference | Shearling | Baseline
@@ -162,75 +162,75 @@ def decide(
         widths = share_out(importance, anatomy, remove, settings)
     kept = {f"ffn.{layer}": scores.top(all_scores[layer], width) for layer, width in enumerate(widths)}
     values: dict[str, Tensor] = {}
+    linear = anatomy.family.ffn_output
     for layer, block in enumerate(found):
-        columns = torch.tensor(kept[f"ffn.{layer}"])
-        down = down_weight(walk, layer)
+        columns = torch.tensor(kept[f"ffn.{layer}"], device=walk.device)
         if isinstance(settings, CFSP) and settings.refit:
-            gram = block.ffn.gram
+            down, gram = down_weight(walk, layer), block.ffn.gram
             assert gram is not None
-            new = refit(gram, down.double() @ gram.double(), down, columns, DAMPING)
-            values[down_name(anatomy, layer)] = stored(anatomy, new.to(down.dtype))
+            gram = gram.to(walk.device)
+            new = refit(gram, down.double() @ gram.double(), down, columns, DAMPING).to(down.dtype).cpu()
+            values[anatomy.path(layer, f"{linear}.weight")] = new.T.contiguous() if input_first(anatomy) else new
         elif settings.method == "flap":
-            gone = torch.ones(down.shape[1], dtype=torch.bool)
+            down = down_weight(walk, layer)
+            gone = torch.ones(down.shape[1], dtype=torch.bool, device=walk.device)
             gone[columns] = False
-            bias = walk.blocks[layer].get_submodule(anatomy.family.ffn_output)._parameters.get("bias")
-            shift = down[:, gone].double().cpu() @ block.ffn.mean[gone]
-            total = shift if bias is None else shift + bias.detach().double().cpu()
-            values[anatomy.path(layer, f"{anatomy.family.ffn_output}.bias")] = total.to(down.dtype)
+            bias = walk.blocks[layer].get_submodule(linear)._parameters.get("bias")
+            shift = down[:, gone].double() @ block.ffn.mean.to(walk.device)[gone]
+            total = shift if bias is None else shift + bias.detach().double().to(walk.device)
+            values[anatomy.path(layer, f"{linear}.bias")] = total.to(down.dtype).cpu()
     edits: list[Edit] = [Structure(kept)]
     if values:
         edits.append(Delta(values))
     return importance, edits
 
 
-def down_name(anatomy: Anatomy, layer: int) -> str:
-    """Name of the weight that writes a block's FFN layer back to the residual stream."""
-    return anatomy.path(layer, f"{anatomy.family.ffn_output}.weight")
-
-
 def down_weight(walk: Walk, layer: int) -> Tensor:
-    """That weight as [hidden, channels] on the CPU."""
-    weight = walk.blocks[layer].get_parameter(f"{walk.anatomy.family.ffn_output}.weight").detach().cpu()
-    return stored(walk.anatomy, weight)
-
-
-def stored(anatomy: Anatomy, weight: Tensor) -> Tensor:
-    """Between [out, in] and a family's stored orientation; its own inverse."""
-    return weight.T.contiguous() if input_first(anatomy) else weight
+    """The weight that writes a block's FFN layer back to the residual stream, [hidden, channels], on the device."""
+    return weight_of(walk.blocks[layer], walk.anatomy, FFN).to(walk.device)
 
 
 def _score(walk: Walk, layer: int, block: BlockStatistics, settings: Settings, seed: int) -> Tensor:
-    down, family = down_weight(walk, layer), walk.anatomy.family
+    """Score of each channel of a block, on the CPU."""
+    anatomy = walk.anatomy
     kind = settings.score if isinstance(settings, CFSP) else settings.method
+    # Gram matrices are large, and only one score reads them
+    inputs = (block.ffn if kind == "obs" else replace(block.ffn, gram=None)).to(walk.device)
     match kind:
         case "act" | "cfsp-reference":
-            return scores.activation(block.ffn)
+            score = scores.activation(inputs)
         case "wanda" | "wanda-sp":
-            return scores.wanda(down, block.ffn)
+            score = scores.wanda(down_weight(walk, layer), inputs)
         case "flap":
-            return scores.flap(down, block.ffn)
+            score = scores.flap(down_weight(walk, layer), inputs)
         case "magnitude":
-            return scores.magnitude(down)
+            score = scores.magnitude(down_weight(walk, layer))
         case "random":
-            return scores.random(down.shape[1], layer, seed)
+            score = scores.random(anatomy.shapes[layer].ffn, layer, seed)
         case "obs":
-            gram = block.ffn.gram
-            assert gram is not None
-            width = down.shape[1]
-            found = eliminate(
-                gram, down.double() @ gram.double(), down, remove=width - 1, damping=DAMPING, batch=max(1, width // 256)
-            )
-            score = torch.full((width,), float(width), dtype=torch.float64)
-            score[found.order] = torch.arange(width - 1, dtype=torch.float64)
-            return score
-    channels = down.shape[1]
-    gates = []
-    for name in family.ffn_inputs:
-        weight = walk.blocks[layer].get_parameter(f"{name}.weight").detach().cpu()
-        weight = stored(walk.anatomy, weight)
-        gates.extend(weight.split(channels))
-    eq8 = scores.eq8(down, block.ffn, gates)
-    return eq8 * block.ffn.norm if kind == "eq8xn" else eq8
+            score = _elimination_rank(down_weight(walk, layer), inputs)
+        case _:
+            gates = [_gate_weight(walk, layer, name) for name in anatomy.family.ffn_inputs]
+            channels = anatomy.shapes[layer].ffn
+            score = scores.eq8(down_weight(walk, layer), inputs, [g for gate in gates for g in gate.split(channels)])
+            score = score * inputs.norm if kind == "eq8xn" else score
+    return score.cpu()
+
+
+def _elimination_rank(down: Tensor, inputs: InputStatistics) -> Tensor:
+    """When each channel would go if all but one went, one after the other, the least useful first."""
+    gram, width = inputs.gram, down.shape[1]
+    assert gram is not None
+    batch = max(1, width // 256)
+    found = eliminate(gram, down.double() @ gram.double(), down, remove=width - 1, damping=DAMPING, batch=batch)
+    score = torch.full((width,), float(width), dtype=torch.float64)
+    score[found.order] = torch.arange(width - 1, dtype=torch.float64)
+    return score
+
+
+def _gate_weight(walk: Walk, layer: int, name: str) -> Tensor:
+    weight = walk.blocks[layer].get_parameter(f"{name}.weight").detach().to(walk.device)
+    return weight.T if input_first(walk.anatomy) else weight
 
 
 def _reference_multiple(settings: CFSPReference) -> int | None:

@@ -32,7 +32,7 @@ def measure(
     With ``cache`` (a folder made for this model, text and choice of statistics: see ``fingerprint``) a finished
     block is written there; a block found there is only run, not measured, and none is run after the last missing one.
     """
-    family, states = walk.anatomy.family, walk.entry.clone()
+    family, states = walk.anatomy.family, walk.enter()
     files = [None if cache is None else cache / f"block-{layer:04d}.safetensors" for layer in range(len(walk.blocks))]
     missing = [layer for layer, file in enumerate(files) if file is None or not file.exists()]
     result = []

@@ -89,6 +89,11 @@ class InputStatistics:
     square: Tensor
     gram: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The same sums on a device."""
+        gram = None if self.gram is None else self.gram.to(device)
+        return InputStatistics(self.count, self.sum.to(device), self.square.to(device), gram)
+
     @property
     def norm(self) -> Tensor:
         """Root of the mean square of each input, [D]."""

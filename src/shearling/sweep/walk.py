@@ -21,18 +21,46 @@ Watch = Callable[[Tensor, Tensor], None]
 class Walk:
     """A model's blocks with everything a block needs besides its hidden states.
 
-    ``entry`` holds the states [num, T, hidden] that the first block reads, on ``device``. Blocks may live anywhere;
-    ``on_device`` brings one over and puts its own tensors back afterwards.
+    A walk begins with ``enter``. Blocks may live anywhere; ``on_device`` brings one over and puts its own tensors back
+    afterwards.
     """
 
     def __init__(self, model: Any, tokens: Tensor, *, batch: int, device: torch.device | str | None = None) -> None:
-        self.model = model
+        self.model, self.tokens = model, tokens
         self.anatomy: Anatomy = anatomy_of(model.config)
         self.batch = min(batch, len(tokens))
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.blocks: list[nn.Module] = list(model.get_submodule(self.anatomy.family.blocks))
         self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.entry = self._enter(tokens)
+
+    @torch.no_grad()
+    def enter(self) -> Tensor:
+        """States [num, T, hidden] that the first block reads, on ``device``; each call gives a tensor of its own.
+
+        Runs everything before the first block, and keeps what every block is called with.
+        """
+        family = self.anatomy.family
+        home = next(self.model.parameters()).device
+        recorders = [_Recorder(block) for block in self.blocks]
+        moved: dict[int, Any] = {}
+        entry = None
+        with (
+            _replaced(self.model, family.blocks, nn.ModuleList(recorders)),
+            _replaced(self.model, family.final_norm, nn.Identity()),
+        ):
+            for rows in self.slices():
+                ids = self.tokens[rows].to(home)
+                self.model.base_model(input_ids=ids, use_cache=False)
+                first = recorders[0].states
+                if entry is None:
+                    shape = (len(self.tokens), *first.shape[1:])
+                    entry = torch.empty(shape, dtype=first.dtype, device=self.device)
+                entry[rows] = first.to(self.device)
+                for layer, recorder in enumerate(recorders):
+                    if (layer, len(ids)) not in self._arguments:
+                        self._arguments[layer, len(ids)] = _to(recorder.arguments, self.device, moved)
+        assert entry is not None
+        return entry
 
     @torch.no_grad()
     def run(self, layer: int, x: Tensor, block: nn.Module | None = None) -> Tensor:
@@ -46,8 +74,8 @@ class Walk:
 
     def slices(self) -> Iterator[slice]:
         """Rows of each batch in turn."""
-        for start in range(0, len(self.entry), self.batch):
-            yield slice(start, min(start + self.batch, len(self.entry)))
+        for start in range(0, len(self.tokens), self.batch):
+            yield slice(start, min(start + self.batch, len(self.tokens)))
 
     def advance(
         self,
@@ -73,7 +101,8 @@ class Walk:
                 if watch is not None:
                     watch(x, y)
                 out[rows] = y
-        if not torch.isfinite(out.sum()):
+        # in float32: the sum of many finite half-precision numbers may overflow
+        if not torch.isfinite(out.sum(dtype=torch.float32)):
             raise ShearlingError(
                 f"{self.anatomy.path(layer)}: its output is not finite on the calibration text; "
                 "look for NaN or overflow in its weights, or use dtype float32 or bfloat16"
@@ -92,32 +121,6 @@ class Walk:
         finally:
             for tensor, data in own:
                 tensor.data = data
-
-    @torch.no_grad()
-    def _enter(self, tokens: Tensor) -> Tensor:
-        """Run everything before the first block, and keep what every block is called with."""
-        family = self.anatomy.family
-        home = next(self.model.parameters()).device
-        recorders = [_Recorder(block) for block in self.blocks]
-        moved: dict[int, Any] = {}
-        entry = None
-        with (
-            _replaced(self.model, family.blocks, nn.ModuleList(recorders)),
-            _replaced(self.model, family.final_norm, nn.Identity()),
-        ):
-            for start in range(0, len(tokens), self.batch):
-                ids = tokens[start : start + self.batch].to(home)
-                self.model.base_model(input_ids=ids, use_cache=False)
-                first = recorders[0].states
-                if entry is None:
-                    shape = (len(tokens), *first.shape[1:])
-                    entry = torch.empty(shape, dtype=first.dtype, device=self.device)
-                entry[start : start + len(ids)] = first.to(self.device)
-                for layer, recorder in enumerate(recorders):
-                    if (layer, len(ids)) not in self._arguments:
-                        self._arguments[layer, len(ids)] = _to(recorder.arguments, self.device, moved)
-        assert entry is not None
-        return entry
 
 
 @contextmanager
