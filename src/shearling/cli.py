@@ -87,6 +87,9 @@ def cut(
     sequences: Annotated[int, typer.Option(help="windows of that text")] = 32,
     length: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
     batch: Annotated[int, typer.Option(help="windows at a time")] = 8,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="weights stay in host memory, one block on the device")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     seed: int = 0,
@@ -95,12 +98,13 @@ def cut(
     from shearling.recipe import parse_recipe
 
     stage = {"stage": "prune", "method": method, "sparsity": sparsity, "of": of, "round_to": round_to}
+    text = {"text": calibration, "sequences": sequences, "length": length, "batch": batch, "stream": stream}
     content = {
         "model": model,
         "seed": seed,
         "device": device,
         "dtype": dtype,
-        "calibration": {"text": calibration, "sequences": sequences, "length": length, "batch": batch},
+        "calibration": text,
         "stages": [{**stage, "uniform": uniform}],
     }
     recipe = parse_recipe(content, "cut")

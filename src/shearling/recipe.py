@@ -22,12 +22,16 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """Text that is measured: ``sequences`` windows of ``length`` tokens, ``batch`` at a time."""
+    """Text that is measured: ``sequences`` windows of ``length`` tokens, ``batch`` at a time.
+
+    With ``stream`` the weights stay in host memory and visit the device block by block while they are measured.
+    """
 
     text: str = "stdlib:calibration"
     sequences: Tokens = 128
     length: Annotated[int, Field(ge=2)] = 2048
     batch: Tokens = 8
+    stream: bool = False
 
 
 class Evaluation(_Strict):

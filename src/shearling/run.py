@@ -49,7 +49,8 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
     if out.exists():
         raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
-    model, tokenizer = load(recipe.model, recipe.device, recipe.dtype)
+    home = "cpu" if recipe.calibration.stream else recipe.device
+    model, tokenizer = load(recipe.model, home, recipe.dtype)
     outcome = _outcome(recipe, model, tokenizer, None, on_event)
     cut_(model, outcome.edits)
     made = provenance(recipe, outcome.plan.to_json())
@@ -181,7 +182,11 @@ class _Session:
 
     def _measure(self) -> dict[str, Any]:
         model, tokenizer = self.dense
+        home = model.device
+        if self.recipe.calibration.stream:
+            model.to("cpu")
         outcome = _outcome(self.recipe, model, tokenizer, self.folder.state / "measure", self._event)
+        model.to(home)
         save_edits(outcome.edits, self.folder.state / "edits")
         self.folder.write_json("plan.json", outcome.plan.to_json())
         return {"importance": list(outcome.plan.importance)}
@@ -271,6 +276,7 @@ def _outcome(recipe: Recipe, model: Any, tokenizer: Any, state: Path | None, on_
         recipe.prune,
         batch=wish.batch,
         seed=recipe.seed,
+        device=device_of(recipe.device),
         state_dir=state,
         on_event=on_event,
         name=recipe.model,
