@@ -38,7 +38,9 @@ def structure(model: Any, sparsity: float, *, uniform: bool, multiple: int) -> S
 
 
 def main() -> None:
-    args = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of which the median counts")
+    args = parser.parse_args()
     gpu = args.device.startswith("cuda")
     if gpu:
         dense = random_7b(4 if args.quick else 32, "cuda")
@@ -59,7 +61,9 @@ def main() -> None:
             cut_(model, [structure(model, sparsity, uniform=uniform, multiple=multiple)])
         parameters = sizes(inventory_of(model), anatomy_of(model.config)).parameters
         for batch, prompt, generate in cases:
-            found = speed(model, prompt=prompt, generate=generate, batch=batch, repeats=1 if args.quick else 3)
+            found = speed(
+                model, prompt=prompt, generate=generate, batch=batch, repeats=1 if args.quick else args.repeats
+            )
             for phase in ("prefill", "decode"):
                 rate = getattr(found, f"{phase}_tokens_per_second")
                 floor = base.setdefault((phase, batch), rate)

@@ -37,7 +37,8 @@ def methods(sparsity: float, *, quick: bool, gpu: bool) -> dict[str, Settings]:
         "cfsp-reference": CFSPReference(sparsity=sparsity),
         "cfsp": CFSP(sparsity=sparsity),
         "shearling": Shearling(sparsity=sparsity),
-        "shearling-reconstructed": Shearling(sparsity=sparsity, reconstruct=reconstruct),
+        "shearling-reconstructed, C4 alone": Shearling(sparsity=sparsity, reconstruct=reconstruct),
+        "shearling-reconstructed": Shearling(sparsity=sparsity, sampled=2 if quick else 96, reconstruct=reconstruct),
     }
     return table
 

@@ -99,6 +99,8 @@ class Shearling(_Prune):
     #: share of what earlier blocks lost that a block makes good
     correction: Annotated[float, Field(ge=0, le=1)] = 0.5
     damping: Annotated[float, Field(gt=0)] = 0.1
+    #: windows that the dense model writes itself, measured beside the calibration text
+    sampled: Annotated[int, Field(ge=0)] = 0
     reconstruct: Reconstruct | None = None
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shearling.anatomy import Anatomy, anatomy_of
+from shearling.data import sampled_windows
 from shearling.errors import ShearlingError
 from shearling.methods import scores
 from shearling.methods.cfsp import block_importance, keep_ratios, reference_widths
@@ -69,30 +71,52 @@ def plan_structured(
     that a killed measurement goes on where it stopped. Raises ShearlingError for a budget that cannot be met and
     for activations that are not finite.
     """
-    walk = Walk(model, tokens, batch=batch, device=device)
-    anatomy, inventory = walk.anatomy, inventory_of(model)
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     budget = channels_to_remove(anatomy, inventory, settings)
     if isinstance(settings, Shearling):
         channel, group = unit_parameters(inventory, anatomy, 0)
+        state = None
+        if state_dir is not None:
+            state = state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16]
         importance, edits = plan_sequential(
-            walk,
-            Walk(model, tokens[:PROBES, :PROBE_LENGTH], batch=batch, device=device),
+            Walk(model, _with_samples(model, tokens, settings.sampled, seed, state), batch=batch, device=device),
+            # the probes are short, so that all of them pass at once
+            Walk(model, tokens[:PROBES, :PROBE_LENGTH], batch=PROBES, device=device),
             settings,
             lambda: share_out([1.0] * anatomy.num_layers, anatomy, budget, settings),
             remove=budget,
             group_cost=group / channel,
             seed=seed,
-            state=None
-            if state_dir is None
-            else state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16],
+            state=state,
             on_event=on_event,
         )
     else:
+        walk = Walk(model, tokens, batch=batch, device=device)
         grams = isinstance(settings, CFSP) and (settings.refit or settings.score == "obs")
         cache = None if state_dir is None else state_dir / fingerprint(model, tokens, "dense", grams, batch)[:16]
         found = measure(walk, ffn_gram=grams, cache=cache, on_event=on_event)
         importance, edits = decide(walk, found, settings, budget, seed)
     return Outcome(_plan(name, settings.method, anatomy, inventory, edits, importance), tuple(edits))
+
+
+def _with_samples(model: Any, tokens: Tensor, num: int, seed: int, state: Path | None) -> Tensor:
+    """Calibration windows and ``num`` that the model writes; kept, since another process might draw others."""
+    if num == 0:
+        return tokens
+    file = None if state is None else state / "sampled.safetensors"
+    if file is not None and file.exists():
+        return load_file(file)["tokens"].to(tokens.device)
+    # documents lie end to end in windows, so what ends one starts the next
+    end = model.config.eos_token_id
+    end = end[0] if isinstance(end, list) else int(tokens[0, 0]) if end is None else end
+    written = sampled_windows(model, tokens, num, tokens.shape[1], start_token=end, seed=seed)
+    both = torch.cat([tokens, written.to(tokens.device)])
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        save_file({"tokens": both.cpu()}, unfinished)
+        unfinished.replace(file)
+    return both
 
 
 def preview(model: Any, settings: Settings, name: str = "") -> Plan:
