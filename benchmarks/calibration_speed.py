@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from common import Rows, arguments, calibration, device_name
 from torch import Tensor
@@ -26,6 +25,7 @@ from shearling.models import load_model, load_tokenizer
 from shearling.recipe import CFSP
 from shearling.surgery import cut_
 from shearling.sweep import Walk, add_product_, measure
+from shearling.usage import Usage
 
 COLUMNS = ["what", "device", "seconds", "ratio", "peak_bytes"]
 
@@ -76,15 +76,17 @@ def on_cpu(args: Any, rows: Rows) -> None:
     with torch.no_grad():
         plain(walk)
         # interleaved, so that a slow minute of the machine falls on all alike
-        times: dict[str, list[float]] = {name: [] for name in works}
+        costs: dict[str, list[Usage]] = {name: [] for name in works}
         for _ in range(3 if args.quick else 5):
             for name, work in works.items():
-                times[name].append(timed(work))
-    found = {name: statistics.median(values) for name, values in times.items()}
+                with Usage() as usage:
+                    work()
+                costs[name].append(usage)
+    found = {name: statistics.median(usage.seconds for usage in values) for name, values in costs.items()}
     floor = found["plain forward"]
-    peak = psutil.Process().memory_info().rss
     for name, seconds in found.items():
         rest = floor + found["Gram products alone"] if "Gram matrices" in name else floor
+        peak = max(usage.peak_bytes for usage in costs[name])
         rows.add(what=name, device=device_name("cpu"), seconds=seconds, ratio=seconds / rest, peak_bytes=peak)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     quick, gpu = args.quick, args.device.startswith("cuda")
     length = 128 if quick else 512
-    budget = args.budget or (4096 if quick else 4_000_000 if gpu else 200_000)
+    budget = args.budget or (2048 if quick else 4_000_000 if gpu else 200_000)
     model: Any = load_model(args.model, dtype=torch.float32, device=args.device)
     tokenizer = load_tokenizer(args.model)
     tokens = calibration(args.data, tokenizer, 4 if quick else 48, 256 if quick else 1024).to(args.device)

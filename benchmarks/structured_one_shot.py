@@ -51,8 +51,8 @@ def main() -> None:
     quick, gpu = args.quick, args.device.startswith("cuda")
     model: Any = load_model(args.model, dtype=torch.float32, device=args.device)
     tokenizer = load_tokenizer(args.model)
-    tokens = calibration(args.data, tokenizer, 4 if quick else 48, 512 if quick else 1024).to(args.device)
-    context = 512 if quick else 1024
+    tokens = calibration(args.data, tokenizer, 4 if quick else 48, 256 if quick else 1024).to(args.device)
+    context = 256 if quick else 1024
     texts = held_out(args.data, tokenizer, (4 if quick else 64) * context, ("web",) if quick else None)
     columns = ["method", "sparsity", "corpus", "perplexity", "parameters", "tokens", "context", "seconds"]
     rows = Rows(columns, args.json)

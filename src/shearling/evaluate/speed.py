@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from shearling.errors import ShearlingError
 from shearling.evaluate.checks import check_length
 from shearling.evaluate.decode import greedy_step
 from shearling.evaluate.logits import evaluating, vocabulary
+
+#: steps before one is captured
+WARMUP = 3
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,38 @@ class Speed:
 
 
 def speed(
-    model: PreTrainedModel, *, prompt: int, generate: int, batch: int = 1, repeats: int = 3, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    prompt: int,
+    generate: int,
+    batch: int = 1,
+    repeats: int = 3,
+    seed: int = 0,
+    captured: bool = False,
 ) -> Speed:
     """Speed of reading ``batch`` random prompts of ``prompt`` tokens, then of ``generate`` cached greedy steps.
 
-    One unmeasured run comes first. The device is synchronised around both timings; end tokens are ignored.
+    One unmeasured run comes first. The device is synchronised around both timings; end tokens are ignored. With
+    ``captured`` (CUDA alone) the steps replay a CUDA graph over a static cache, as serving engines do: otherwise a
+    large GPU mostly waits for Python.
 
-    Raises ShearlingError for sizes below 1 and for more tokens than learned positions.
+    Raises ShearlingError for sizes below 1, for more tokens than learned positions, and for a capture without CUDA.
     """
     for name, value in (("prompt", prompt), ("generate", generate), ("batch", batch), ("repeats", repeats)):
         if value < 1:
             raise ShearlingError(f"speed: {name} {value} must be at least 1")
     check_length(model, prompt + generate, "speed: prompt and continuation")
     device = model.get_input_embeddings().weight.device
+    if captured and device.type != "cuda":  # pyrefly: ignore[missing-attribute]
+        raise ShearlingError(f"speed: captured steps need a model on CUDA, this one is on {device}")
     generator = torch.Generator().manual_seed(seed)
     # pyrefly: ignore[no-matching-overload]
     ids_BT = torch.randint(vocabulary(model), (batch, prompt), generator=generator).to(device)
     with evaluating(model):
-        _timed_run(model, ids_BT, generate)
+        _timed_run(model, ids_BT, generate, captured)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = [_timed_run(model, ids_BT, generate) for _ in range(repeats)]
+        times = [_timed_run(model, ids_BT, generate, captured) for _ in range(repeats)]
     return Speed(
         prefill_tokens_per_second=batch * prompt / statistics.median(prefill for prefill, _ in times),
         decode_tokens_per_second=batch * generate / statistics.median(decode for _, decode in times),
@@ -70,14 +84,44 @@ def speed(
     )
 
 
-def _timed_run(model: PreTrainedModel, ids_BT: Tensor, generate: int) -> tuple[float, float]:
+def _timed_run(model: PreTrainedModel, ids_BT: Tensor, generate: int, captured: bool) -> tuple[float, float]:
     """Seconds of one prefill and of the decode steps after it."""
     start = _now(ids_BT.device)
     ids_B1, cache = greedy_step(model, ids_BT)
-    read = _now(ids_BT.device)
-    for _ in range(generate):
-        ids_B1, cache = greedy_step(model, ids_B1, cache)
-    return read - start, _now(ids_BT.device) - read
+    read = _now(ids_BT.device) - start
+    if captured:
+        graph, _ = captured_step(model, ids_BT, generate)
+        start = _now(ids_BT.device)
+        for _ in range(generate):
+            graph.replay()
+    else:
+        start = _now(ids_BT.device)
+        for _ in range(generate):
+            ids_B1, cache = greedy_step(model, ids_B1, cache)
+    return read, _now(ids_BT.device) - start
+
+
+def captured_step(model: PreTrainedModel, ids_BT: Tensor, generate: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """One greedy step after a prompt as a CUDA graph, and the tokens [B, 1] that each of ``generate`` replays renews.
+
+    The first tokens are spent on warming up.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1] + WARMUP + 1 + generate)
+    ids_B1, _ = greedy_step(model, ids_BT, cache)
+
+    def step() -> None:
+        ids_B1.copy_(greedy_step(model, ids_B1, cache)[0])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph, ids_B1
 
 
 def _now(device: torch.device) -> float:

@@ -79,8 +79,8 @@ def eliminate(
         shares = rises[chosen] / rises[chosen].sum().clamp(min=1e-300)
         for share in shares.tolist():
             cost.append(cost[-1] + share * total)
-        weight = weight - taken @ step
-        inverse = inverse - inverse[:, columns] @ step
+        weight.addmm_(taken, step, alpha=-1)
+        inverse.addmm_(inverse[:, columns], step, alpha=-1)
         # exact zeros, where rounding left some dust
         weight[:, columns] = 0
         inverse[columns] = 0

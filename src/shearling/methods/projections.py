@@ -15,6 +15,8 @@ from shearling.sweep import Walk, add_product_
 from shearling.sweep.walk import tapped
 
 FFN, ATTENTION = "ffn", "kv_group"
+#: a block's units leave in about so many batches
+BATCHES = 96
 
 
 class Products(NamedTuple):

@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from shearling.anatomy import Anatomy
 from shearling.methods.cfsp import block_importance
 from shearling.methods.obs import eliminate
-from shearling.methods.projections import ATTENTION, FFN, collect, cut_projection_, dense_pass, units, weight_of
+from shearling.methods.projections import (
+    ATTENTION,
+    BATCHES,
+    FFN,
+    collect,
+    cut_projection_,
+    dense_pass,
+    units,
+    weight_of,
+)
 from shearling.methods.reconstruct import reconstruct_
 from shearling.methods.sensitivity import Harm, spend, survey
 from shearling.plan import Delta, Edit, Structure, shape_after
@@ -37,9 +46,6 @@ from shearling.surgery import cut_block_
 from shearling.sweep import Angles, Walk
 
 OnEvent = Callable[[dict[str, Any]], None]
-
-#: channels leave in batches of this share of a block
-BATCHES = 96
 
 
 def plan_sequential(
