@@ -11,9 +11,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shearling.data import corpus_tokens, read_texts, tokens_digest, windows
+from shearling.data import corpus_tokens, read_texts, sampled_windows, tokens_digest, windows
+from shearling.data.sampled import SAMPLE
 from shearling.data.stdlib import PARTS
 from shearling.errors import ShearlingError
+from tests.tiny import tiny_model
 
 
 class Letters:
@@ -103,3 +105,40 @@ def test_digest_sees_shape_and_content() -> None:
     assert tokens_digest(tokens) == tokens_digest(tokens.clone())
     assert tokens_digest(tokens) != tokens_digest(tokens.view(2, 3))
     assert tokens_digest(tokens) != tokens_digest(tokens.flip(0))
+
+
+@torch.no_grad()
+def test_sampled_windows_are_what_the_model_says() -> None:
+    model, starts = tiny_model("llama", tie_word_embeddings=False), torch.tensor([[5, 6], [7, 8]])
+    # so sure of itself that sampling is greedy
+    model.lm_head.weight.mul_(1e4)
+    found = sampled_windows(model, starts, 3, 10, start_token=2, seed=4)
+    assert found.shape == (3, 10)
+    assert found.dtype == torch.int64
+    for row in found:
+        assert row[0] == 2
+        assert row[1] in starts
+        ids = row[None, :2]
+        while ids.shape[1] < 10:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids[0], row)
+
+
+def test_sampled_windows_follow_the_seed_and_the_distribution() -> None:
+    model, starts = tiny_model("llama"), torch.arange(3, 9)
+    first = sampled_windows(model, starts, 40, 16, start_token=2, seed=1)
+    assert torch.equal(first, sampled_windows(model, starts, 40, 16, start_token=2, seed=1))
+    assert not torch.equal(first, sampled_windows(model, starts, 40, 16, start_token=2, seed=2))
+    # tokens drawn from a distribution cost, on average, its entropy
+    with torch.no_grad():
+        logs = model(first).logits[:, 1:-1].double().log_softmax(-1)
+    cost = -logs.gather(-1, first[:, 2:, None]).squeeze(-1)
+    entropy = -(logs.exp() * logs).sum(-1)
+    spread = ((logs.exp() * logs.square()).sum(-1) - entropy.square()).sum().sqrt()
+    assert abs(float((cost - entropy).sum())) < 4 * float(spread)
+
+
+def test_long_windows_hold_several_samples() -> None:
+    found = sampled_windows(tiny_model("gpt2"), torch.tensor([3, 4]), 2, 2 * SAMPLE, start_token=2)
+    assert found.shape == (2, 2 * SAMPLE)
+    assert (found.view(-1, SAMPLE)[:, 0] == 2).all()

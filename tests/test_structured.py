@@ -208,8 +208,9 @@ def test_sequential_refit_beats_cutting_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [CFSP(sparsity=0.4), Shearling(sparsity=0.4, heads=True, reconstruct=Reconstruct(steps=3))],
-    ids=["cfsp", "shearling"],
+    "settings", [CFSP(sparsity=0.4), Shearling(sparsity=0.4, heads=True, reconstruct=Reconstruct(steps=3)),
+                 Shearling(sparsity=0.4, sampled=4)],
+    ids=["cfsp", "shearling", "sampled"],
 )  # fmt: skip
 def test_interrupted_measuring_goes_on_to_the_same_edits(settings: Settings, tmp_path: Path) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(6, 24)
@@ -229,6 +230,19 @@ def test_interrupted_measuring_goes_on_to_the_same_edits(settings: Settings, tmp
     for ours, theirs in zip(rest.edits, whole.edits, strict=True):
         for name, tensor in theirs.tensors().items():
             assert torch.equal(ours.tensors()[name], tensor), name
+
+
+def test_what_the_model_writes_changes_the_edits() -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(6, 24)
+    alone = plan_structured(model, tokens, Shearling(sparsity=0.4), batch=2)
+    more = plan_structured(model, tokens, Shearling(sparsity=0.4, sampled=6), batch=2)
+    again = plan_structured(model, tokens, Shearling(sparsity=0.4, sampled=6), batch=2)
+    assert [e.tensors().keys() for e in more.edits] == [e.tensors().keys() for e in again.edits]
+    for ours, theirs in zip(more.edits, again.edits, strict=True):
+        assert all(torch.equal(ours.tensors()[name], tensor) for name, tensor in theirs.tensors().items())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(more.edits[1].tensors()[name], alone.edits[1].tensors()[name])
+    assert more.plan.after.parameters == alone.plan.after.parameters
 
 
 def test_another_sparsity_measures_nothing_anew(tmp_path: Path) -> None:
