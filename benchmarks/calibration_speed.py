@@ -189,6 +189,7 @@ def on_gpu(args: Any, rows: Rows) -> None:
         once("measure, plan, cut: resident", "cuda", shearling(refit=False), floor)
         once("measure, plan, cut: resident, Gram matrices and refit", "cuda", shearling(refit=True), floor)
         once("measure, plan, cut: streamed", "cpu", shearling(refit=False), floor)
+        once("measure, plan, cut: streamed, Gram matrices and refit", "cpu", shearling(refit=True), floor)
         once("hooks, two passes", "cuda", lambda model: released(model, tokens, 0.2), floor)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import shearling
 from shearling.errors import ShearlingError
-from shearling.recipe import Recipe, load_recipe
+from shearling.recipe import Recipe, load_recipe, parse_recipe
 from shearling.run import run
 from tests.tiny import tiny_folder, tiny_tokens
 
@@ -134,6 +134,31 @@ def test_foreign_files_are_left_alone(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ShearlingError, match="holds files but no run"):
         run(recipe, tmp_path / "out", resume=True)
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A shipped recipe with its own stages and options, on a tiny model and little text."""
+    small = yaml.safe_load(make_recipe(tmp_path).read_text())
+    changes: dict[str, Any] = {"text": str(tmp_path / "recovery.txt"), "length": 32, "batch": 4, "micro_batch": 2}
+    for stage in content["stages"]:
+        if stage["stage"] == "recover":
+            stage.update({**changes, "tokens": 256})
+        stage.pop("round_to", None)
+        if "sampled" in stage:
+            stage["sampled"] = 2
+        if stage.get("reconstruct"):
+            stage["reconstruct"]["steps"] = 3
+    content["calibration"].update(small["calibration"])
+    content["evaluate"].update(small["evaluate"])
+    return {**content, "model": small["model"], "device": "cpu"}
+
+
+@pytest.mark.parametrize("file", sorted(Path("recipes").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_recipes_run(file: Path, tmp_path: Path) -> None:
+    content = made_small(yaml.safe_load(file.read_text()), tmp_path)
+    metrics = run(parse_recipe(content), tmp_path / "out")
+    assert metrics["pruned"]["parameters"] < metrics["dense"]["parameters"]
+    assert ("recovered" in metrics) == (len(content["stages"]) > 1)
 
 
 DRIVER = textwrap.dedent(

@@ -42,7 +42,8 @@ def refit(gram_II: Tensor, cross_DI: Tensor, weight_DI: Tensor, kept: Tensor, da
     """
     gram = gram_II.double()
     lam = ridge(gram, damping)
-    system = gram[kept][:, kept] + lam * torch.eye(len(kept), dtype=torch.float64, device=gram.device)
+    system = gram[kept[:, None], kept]
+    system.diagonal().add_(lam)
     factor, info = torch.linalg.cholesky_ex(system)
     if info.item():
         raise ShearlingError(f"refit: the Gram matrix is not positive definite at damping {damping:g}; use more text")

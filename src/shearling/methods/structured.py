@@ -192,8 +192,8 @@ def decide(
         if isinstance(settings, CFSP) and settings.refit:
             down, gram = down_weight(walk, layer), block.ffn.gram
             assert gram is not None
-            gram = gram.to(walk.device)
-            new = refit(gram, down.double() @ gram.double(), down, columns, DAMPING).to(down.dtype).cpu()
+            gram = gram.to(walk.device).double()
+            new = refit(gram, down.double() @ gram, down, columns, DAMPING).to(down.dtype).cpu()
             values[anatomy.path(layer, f"{linear}.weight")] = new.T.contiguous() if input_first(anatomy) else new
         elif settings.method == "flap":
             down = down_weight(walk, layer)
