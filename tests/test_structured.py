@@ -161,8 +161,9 @@ def test_flap_bias_keeps_the_mean_output() -> None:
 @pytest.mark.parametrize(
     "settings",
     [CFSP(sparsity=0.4), Baseline(method="flap", sparsity=0.4), Shearling(sparsity=0.5, heads=True),
-     Shearling(sparsity=0.4, reconstruct=Reconstruct(steps=3))],
-    ids=["cfsp", "flap", "heads", "reconstruct"],
+     Shearling(sparsity=0.4, reconstruct=Reconstruct(steps=3)), CFSP(sparsity=0.5, heads=True),
+     CFSP(sparsity=0.5, heads=True, refit=False)],
+    ids=["cfsp", "flap", "heads", "reconstruct", "cfsp-heads", "cfsp-heads-cut-alone"],
 )  # fmt: skip
 def test_edits_make_the_plan_true(family: str, settings: Settings) -> None:
     model = tiny_model(family)
@@ -179,15 +180,53 @@ def test_edits_make_the_plan_true(family: str, settings: Settings) -> None:
     assert stored["engines"][1]["loads"] == expressible(outcome.plan.anatomy_after)
 
 
-def test_heads_and_channels_share_one_budget() -> None:
+@pytest.mark.parametrize("method", [Shearling, CFSP])
+def test_heads_and_channels_share_one_budget(method: Any) -> None:
     model = tiny_model("llama", num_key_value_heads=4)
     tokens = tiny_tokens(8, 32)
-    plain = plan_structured(model, tokens, Shearling(sparsity=0.6), batch=4)
-    both = plan_structured(model, tokens, Shearling(sparsity=0.6, heads=True), batch=4)
+    plain = plan_structured(model, tokens, method(sparsity=0.6), batch=4)
+    both = plan_structured(model, tokens, method(sparsity=0.6, heads=True), batch=4)
     assert all(shape.kv_heads == 4 for shape in plain.plan.anatomy_after.shapes)
     assert any(shape.kv_heads < 4 for shape in both.plan.anatomy_after.shapes)
     channel = 3 * 32
     assert abs(plain.plan.after.parameters - both.plan.after.parameters) <= channel
+
+
+def test_heads_that_stay_are_those_that_write_most_and_are_refit() -> None:
+    model, tokens = tiny_model("llama", seed=2, num_key_value_heads=4), tiny_tokens(8, 32, seed=3)
+    seen: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
+    handles = [
+        block.self_attn.o_proj.register_forward_pre_hook(lambda m, args, layer=n: seen[layer].append(args[0]))
+        for n, block in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    outcome = plan_structured(model, tokens, CFSP(sparsity=0.6, heads=True), batch=4)
+    cut = copy.deepcopy(model)
+    cut_(cut, outcome.edits)
+    for layer, inputs in enumerate(seen):
+        kept = kept_sets(outcome).get(f"kv_group.{layer}")
+        if kept is None:
+            continue
+        c = inputs[0].flatten(0, 1).double().numpy()
+        w = model.model.layers[layer].self_attn.o_proj.weight.detach().double().numpy()
+        energy = ((c**2).mean(0) * (w**2).sum(0)).reshape(4, -1).sum(1)
+        assert set(kept) == set(np.argsort(-energy)[: len(kept)].tolist())
+        columns = [group * 8 + offset for group in kept for offset in range(8)]
+        lam = 0.01 * np.mean(np.sum(c**2, 0))
+        stacked = np.vstack([c[:, columns], np.sqrt(lam) * np.eye(len(columns))])
+        wish = np.vstack([c @ w.T, np.sqrt(lam) * w.T[columns]])
+        expected = np.linalg.lstsq(stacked, wish, rcond=None)[0].T
+        found = cut.model.layers[layer].self_attn.o_proj.weight.detach().double().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-3)
+    assert any(space.startswith("kv_group") for space in kept_sets(outcome))
+
+
+def test_heads_need_a_width_per_block() -> None:
+    with pytest.raises(ValueError, match="leave uniform off"):
+        CFSP(sparsity=0.5, uniform=True, heads=True)
 
 
 def test_sequential_refit_beats_cutting_alone() -> None:

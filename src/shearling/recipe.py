@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from shearling.errors import RecipeError
 
@@ -73,6 +73,12 @@ class _Prune(_Strict):
         return value
 
 
+def _per_layer(value: bool, found: ValidationInfo) -> bool:
+    if value and found.data.get("uniform"):
+        raise ValueError("needs a width per block; leave uniform off")
+    return value
+
+
 class CFSP(_Prune):
     """CFSP: block importance shares out the channels, a score spends them."""
 
@@ -82,6 +88,10 @@ class CFSP(_Prune):
     temperature: Annotated[float, Field(gt=0)] = 13.1072
     #: least-squares refit of the down projection on the channels that stay
     refit: bool = True
+    #: KV groups go too, out of the same budget (our extension)
+    heads: bool = False
+
+    _heads = field_validator("heads")(_per_layer)
 
 
 class CFSPReference(_Prune):
@@ -102,6 +112,8 @@ class Shearling(_Prune):
     #: windows that the dense model writes itself, measured beside the calibration text
     sampled: Annotated[int, Field(ge=0)] = 0
     reconstruct: Reconstruct | None = None
+
+    _heads = field_validator("heads")(_per_layer)
 
 
 class Baseline(_Prune):

@@ -39,6 +39,11 @@ def units(anatomy: Anatomy, layer: int, part: str) -> tuple[int, int]:
     return shape.kv_heads, shape.query_heads // shape.kv_heads * anatomy.head_dim
 
 
+def unit_columns(chosen: Tensor, width: int) -> Tensor:
+    """Inputs of the chosen units of ``width`` consecutive ones."""
+    return (chosen[:, None] * width + torch.arange(width)).flatten()
+
+
 def weight_of(block: nn.Module, anatomy: Anatomy, part: str) -> Tensor:
     """The projection's weight as [out, in]."""
     weight = block.get_parameter(f"{projection(anatomy, part)}.weight").detach()
@@ -107,7 +112,7 @@ def cut_projection_(
     """Cut a part of a block to the ``kept`` units and refit its projection; ``anatomy`` is the one before this cut."""
     total, width = units(anatomy, layer, part)
     weight = weight_of(block, anatomy, part)
-    columns = (kept[:, None] * width + torch.arange(width)).flatten().to(products.gram.device)
+    columns = unit_columns(kept, width).to(products.gram.device)
     new = refit(products.gram, products.cross, weight, columns, damping)
     structure = Structure({f"{part}.{layer}": tuple(kept.tolist())} if len(kept) < total else {})
     cut_block_(block, layer, anatomy, structure)
