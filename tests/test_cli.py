@@ -209,7 +209,10 @@ def test_output_without_permission(tmp_path: Path, command: Any) -> None:
     refused(command("run", make_recipe(tmp_path), "--out", tmp_path / "closed" / "out"), "cannot be written")
 
 
-@pytest.mark.parametrize("place", ["shearling.rundir.write_whole", "shearling.export.huggingface._name_classes"])
+@pytest.mark.parametrize(
+    "place",
+    ["shearling.rundir.write_whole", "shearling.plan.files.save_file", "shearling.export.huggingface._name_classes"],
+)
 def test_a_full_disk_is_one_line(tmp_path: Path, command: Any, monkeypatch: Any, place: str) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

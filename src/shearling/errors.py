@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ShearlingError(ValueError):
     """A user's mistake or an unusable input; the command prints it on one line and exits with 2."""
@@ -9,3 +11,9 @@ class ShearlingError(ValueError):
 
 class RecipeError(ShearlingError):
     """A recipe that cannot be run, named by field, value and what would be valid."""
+
+
+def unwritable(path: Path, error: Exception) -> ShearlingError:
+    """The error for a place that cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    return ShearlingError(f"{path}: cannot be written ({reason}); free space or give another folder")

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from shearling.errors import ShearlingError
+from shearling.errors import ShearlingError, unwritable
 from shearling.recipe import Recipe
 
 #: keys of a recipe that a resumed run may change, since they leave the result alone
@@ -99,11 +99,6 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def unwritable(path: Path, error: OSError) -> ShearlingError:
-    """The one-line error for a place that cannot be written."""
-    return ShearlingError(f"{path}: cannot be written ({error.strerror or error}); free space or give another folder")
 
 
 def _check_same(recorded: Path, recipe: Recipe) -> None:

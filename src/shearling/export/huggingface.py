@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from shearling.anatomy import PER_LAYER_PREFIX, anatomy_of
-from shearling.errors import ShearlingError
+from shearling.errors import ShearlingError, unwritable
 from shearling.export.classes import per_layer_classes
 
 
@@ -37,9 +39,9 @@ def save_model(
         if card is not None:
             (unfinished / "README.md").write_text(card)
         unfinished.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise ShearlingError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise unwritable(folder, error) from error
 
 
 def _name_classes(path: Path, model: Any) -> None:

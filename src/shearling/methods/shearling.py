@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shearling.anatomy import Anatomy
@@ -40,7 +39,7 @@ from shearling.methods.projections import (
 )
 from shearling.methods.reconstruct import reconstruct_
 from shearling.methods.sensitivity import Harm, spend, survey
-from shearling.plan import Delta, Edit, Structure, shape_after
+from shearling.plan import Delta, Edit, Structure, shape_after, write_tensors
 from shearling.recipe import Shearling
 from shearling.surgery import cut_block_
 from shearling.sweep import Angles, Walk
@@ -95,7 +94,9 @@ def plan_sequential(
                 if settings.reconstruct is not None:
                     reconstruct_(walk, layer, stand_in, edited, dense, target, settings.reconstruct, seed)
                 if file is not None:
-                    _store(stand_in, own, file)
+                    stored = {f"value/{name}": p for name, p in stand_in.named_parameters()}
+                    stored |= {f"kept/{space}": torch.tensor(ids, dtype=torch.int32) for space, ids in own.items()}
+                    write_tensors(stored, file)
             walk.advance(layer, edited, block=stand_in)
         kept |= own
         values |= {anatomy.path(layer, name): p.detach().cpu() for name, p in stand_in.named_parameters()}
@@ -149,15 +150,6 @@ def _surveyed(walk: Walk, probe: Walk, settings: Shearling, state: Path | None, 
         unfinished.write_text(json.dumps([harm.to_json() for harm in found]))
         unfinished.replace(file)
     return found
-
-
-def _store(block: nn.Module, kept: dict[str, tuple[int, ...]], file: Path) -> None:
-    tensors = {f"value/{name}": p.detach().cpu().contiguous() for name, p in block.named_parameters()}
-    tensors |= {f"kept/{space}": torch.tensor(indices, dtype=torch.int32) for space, indices in kept.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    save_file(tensors, unfinished)
-    unfinished.replace(file)
 
 
 @torch.no_grad()

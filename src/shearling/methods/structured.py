@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shearling.anatomy import Anatomy, anatomy_of
@@ -27,6 +27,7 @@ from shearling.plan import (
     shape_after,
     sizes,
     unit_parameters,
+    write_tensors,
 )
 from shearling.recipe import CFSP, Shearling
 from shearling.sweep import Walk, fingerprint, measure
@@ -106,10 +107,7 @@ def _with_samples(model: Any, tokens: Tensor, num: int, seed: int, state: Path |
     written = sampled_windows(model, tokens, num, tokens.shape[1], start_token=end, seed=seed)
     both = torch.cat([tokens, written.to(tokens.device)])
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        save_file({"tokens": both.cpu()}, unfinished)
-        unfinished.replace(file)
+        write_tensors({"tokens": both}, file)
     return both
 
 

@@ -2,7 +2,7 @@
 
 from shearling.plan.budget import cap_shares, round_to_total
 from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
-from shearling.plan.files import load_edits, save_edits
+from shearling.plan.files import load_edits, save_edits, write_tensors
 from shearling.plan.plan import Plan, engines
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
 from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, inventory_of, sizes, unit_parameters
@@ -33,4 +33,5 @@ __all__ = [
     "shape_after",
     "sizes",
     "unit_parameters",
+    "write_tensors",
 ]

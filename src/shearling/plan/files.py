@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from shearling.errors import ShearlingError
+from shearling.errors import ShearlingError, unwritable
 from shearling.plan.edits import KINDS, Edit
 
 
@@ -16,12 +18,9 @@ def save_edits(edits: Sequence[Edit], folder: Path) -> None:
     """Write edits into a folder; the JSON file comes last, so a folder without it is unfinished."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{position}/{name}": tensor.detach().cpu().contiguous()
-        for position, edit in enumerate(edits)
-        for name, tensor in edit.tensors().items()
+        f"{position}/{name}": tensor for position, edit in enumerate(edits) for name, tensor in edit.tensors().items()
     }
-    save_file(tensors, folder / "edits.safetensors.tmp")
-    (folder / "edits.safetensors.tmp").replace(folder / "edits.safetensors")
+    write_tensors(tensors, folder / "edits.safetensors")
     index = [{"kind": edit.kind, **edit.meta()} for edit in edits]
     (folder / "edits.json.tmp").write_text(json.dumps(index))
     (folder / "edits.json.tmp").replace(folder / "edits.json")
@@ -39,3 +38,18 @@ def load_edits(folder: Path) -> tuple[Edit, ...]:
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         edits.append(KINDS[meta["kind"]].restore(meta, own))
     return tuple(edits)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, and its folder, so that a reader finds it whole or not at all.
+
+    Raises ShearlingError where it cannot be written.
+    """
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, metadata=metadata)
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise unwritable(file, error) from error

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shearling.plan import write_tensors
 from shearling.sweep.statistics import Angles, BlockStatistics, Moments
 from shearling.sweep.walk import Walk
 
@@ -51,7 +51,8 @@ def measure(
             walk.advance(layer, states, taps=taps, watch=angles)
         found = BlockStatistics(angles.mean, ffn.result(), attention.result())
         if file is not None:
-            _write(found, file)
+            tensors, meta = found.to_tensors()
+            write_tensors(tensors, file, meta)
         result.append(found)
         if on_event is not None:
             on_event({"stage": "measure", "block": layer, "blocks": len(files), "seconds": time.perf_counter() - start})
@@ -72,14 +73,6 @@ def fingerprint(model: nn.Module, tokens: Tensor, *choices: object) -> str:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(torch.cat([sample, sums]).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(statistics: BlockStatistics, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors, meta = statistics.to_tensors()
-    unfinished = file.with_suffix(".unfinished")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished, metadata=meta)
-    unfinished.replace(file)
 
 
 def _read(file: Path) -> BlockStatistics:
