@@ -12,7 +12,7 @@ from torch import nn
 
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
-from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks, block_linears, peft_config
+from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks, peft_config
 from shearling.nn import EffectiveLinear
 from shearling.plan import Structure
 from shearling.surgery import cut_
@@ -104,7 +104,7 @@ def test_every_block_linear_gets_its_rank_and_nothing_else_is_trained(family):
     stock = [(name, type(m)) for name, m in model.named_modules()]
     anatomy = anatomy_of(model.config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    blocks = {anatomy.path(layer, inner): layer for layer in range(3) for inner in block_linears(anatomy)}
+    blocks = {anatomy.path(layer, inner): layer for layer in range(3) for inner in anatomy.family.linears}
     expected = {name for name, m in stock if m.__name__ in ("Linear", "Conv1D") and name != "lm_head"}
     assert set(blocks) == expected
     policy = LoRAPolicy(anatomy, RANKS, 2.0)

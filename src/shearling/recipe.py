@@ -122,6 +122,19 @@ class Baseline(_Prune):
     method: Literal["wanda-sp", "flap", "magnitude", "random"]
 
 
+class Sparsify(_Strict):
+    """One-shot masks over all linears of the blocks; no shape changes."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    #: N:M along the input, or ``unstructured``: a share of each row
+    pattern: str = "2:4"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    #: inputs are measured in the model pruned so far, or in the dense one
+    statistics: Literal["sequential", "dense"] = "sequential"
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    reconstruct: Reconstruct | None = None
+
+
 PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline, Field(discriminator="method")]
 
 

@@ -79,6 +79,11 @@ class Family:
     #: config values under which this anatomy does not hold: field -> (the value it needs, why)
     requires: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all linears inside a block, in the order in which a token meets them."""
+        return (*self.attention_inputs, self.attention_output, *self.ffn_inputs, self.ffn_output)
+
 
 @dataclass(frozen=True)
 class BlockShape:

@@ -62,7 +62,7 @@ class LoRAPolicy(Policy):
     def __init__(self, anatomy: Anatomy, ranks: Sequence[int], alpha_over_rank: float = 2.0) -> None:
         _check_ranks(anatomy, ranks)
         self.ranks = {
-            anatomy.path(layer, linear): rank for layer, rank in enumerate(ranks) for linear in block_linears(anatomy)
+            anatomy.path(layer, linear): rank for layer, rank in enumerate(ranks) for linear in anatomy.family.linears
         }
         self.alpha_over_rank = alpha_over_rank
         self._model: nn.Module | None = None
@@ -97,7 +97,7 @@ class LoRAPolicy(Policy):
 def peft_config(anatomy: Anatomy, ranks: Sequence[int], alpha_over_rank: float = 2.0) -> dict[str, Any]:
     """Keyword arguments of ``peft.LoraConfig`` for the same branches as ``LoRAPolicy`` makes."""
     _check_ranks(anatomy, ranks)
-    linears = block_linears(anatomy)
+    linears = anatomy.family.linears
     pattern = {anatomy.path(layer, linear): rank for layer, rank in enumerate(ranks) for linear in linears}
     mean = max(1, round(sum(ranks) / len(ranks)))
     return {
@@ -111,12 +111,6 @@ def peft_config(anatomy: Anatomy, ranks: Sequence[int], alpha_over_rank: float =
         "alpha_pattern": {path: alpha_over_rank * rank for path, rank in pattern.items()},
         "fan_in_fan_out": _stores_input_first(anatomy),
     }
-
-
-def block_linears(anatomy: Anatomy) -> tuple[str, ...]:
-    """Names of all linears inside a block, attention first."""
-    family = anatomy.family
-    return (*family.attention_inputs, family.attention_output, *family.ffn_inputs, family.ffn_output)
 
 
 def _stores_input_first(anatomy: Anatomy) -> bool:

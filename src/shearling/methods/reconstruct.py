@@ -10,7 +10,7 @@ size of y at each token. Inputs from the way between keep the block from learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,14 +33,17 @@ def reconstruct_(
     target: Tensor,
     settings: Reconstruct,
     seed: int,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[float, float]:
     """Train all tensors of ``block``, a stand-in for block ``layer``; returns its mean loss in first and last steps.
 
     ``edited`` (x'), ``dense`` (x) and ``target`` (y) are [num, T, hidden]; a step reads ``walk.batch`` sequences. Adam
-    in float32; half-precision blocks are trained in float32 under autocast and come back in their own dtype.
+    in float32; half-precision blocks are trained in float32 under autocast and come back in their own dtype. Weights
+    where ``masks`` (by name inside the block) are False stay +0.0.
     """
     own = {name: p.dtype for name, p in block.named_parameters()}
     block.float()
+    gone = [(block.get_parameter(name), ~mask) for name, mask in (masks or {}).items()]
     parameters = list(block.parameters())
     before = [p.requires_grad for p in parameters]
     for p in parameters:
@@ -61,6 +64,9 @@ def reconstruct_(
         mean = error.mean()
         mean.backward()
         optimizer.step()
+        with torch.no_grad():
+            for parameter, dropped in gone:
+                parameter.masked_fill_(dropped, 0)
         loss.copy_(mean.detach())
 
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)

@@ -1,0 +1,169 @@
+"""One-shot masks, block after block: from a model and calibration text to Masks and the values that go with them.
+
+Within a block the linears are pruned in the order in which a token meets them. With sequential statistics each group of
+linears that reads one input is measured after all before it are pruned, with dense ones the whole block at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shearling.anatomy import Anatomy
+from shearling.methods.projections import input_first
+from shearling.methods.reconstruct import reconstruct_
+from shearling.methods.sparsegpt import Sparse, sparsegpt
+from shearling.methods.wanda import wanda_score
+from shearling.plan import Delta, Edit, Masks, write_tensors
+from shearling.plan.patterns import Pattern, row_mask
+from shearling.recipe import Sparsify
+from shearling.sweep import InputStatistics, Moments, Walk, fingerprint
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def plan_masks(
+    model: Any,
+    tokens: Tensor,
+    settings: Sparsify,
+    *,
+    batch: int = 8,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    state_dir: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> tuple[Edit, ...]:
+    """Masks for every linear of every block, measured on windows [num, T], and new values where the method has some.
+
+    The model is left as it is; carry the edits out with ``surgery.cut_``. ``state_dir`` keeps finished blocks. Raises
+    ShearlingError for a pattern that does not divide a linear's inputs, before anything is measured, for a Gram matrix
+    that stays singular, and for activations that are not finite.
+    """
+    walk = Walk(model, tokens, batch=batch, device=device)
+    anatomy = walk.anatomy
+    pattern = settings.sparsity if settings.pattern == "unstructured" else Pattern.parse(settings.pattern)
+    if isinstance(pattern, Pattern):
+        for name in anatomy.family.linears:
+            pattern.check(_as_out_in(anatomy, walk.blocks[0].get_parameter(f"{name}.weight")).shape[1])
+    state = None
+    if state_dir is not None:
+        state = state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16]
+    sequential, trained = settings.statistics == "sequential", settings.reconstruct is not None
+    dense = walk.enter() if trained or not sequential else None
+    edited = walk.enter() if trained or sequential else None
+    masks: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for layer in range(len(walk.blocks)):
+        start = time.perf_counter()
+        file = None if state is None else state / f"mask-{layer:04d}.safetensors"
+        with walk.on_device(layer) as block:
+            stand_in = copy.deepcopy(block)
+            if file is not None and file.exists():
+                own = _restore_(stand_in, file)
+            else:
+                states = edited if sequential else dense
+                assert states is not None
+                own, damping = _prune_(walk, layer, stand_in, block, states, settings, pattern)
+                if damping > settings.damping and on_event is not None:
+                    raised = f"block {layer}: a Gram matrix needed damping {damping:g} instead of {settings.damping:g}"
+                    on_event({"stage": "measure", "warning": raised})
+            target = dense
+            if dense is not None:
+                out = torch.empty_like(dense) if trained else dense
+                target = walk.advance(layer, dense, block=block, out=out)
+            if settings.reconstruct is not None and not (file is not None and file.exists()):
+                assert edited is not None and dense is not None and target is not None
+                reconstruct_(walk, layer, stand_in, edited, dense, target, settings.reconstruct, seed, own)
+            if file is not None and not file.exists():
+                stored = {f"value/{name}": p for name, p in stand_in.named_parameters()}
+                write_tensors(stored | {f"mask/{name}": mask for name, mask in own.items()}, file)
+            if edited is not None:
+                walk.advance(layer, edited, block=stand_in)
+            dense = target
+            masks |= {anatomy.path(layer, name): mask.cpu() for name, mask in own.items()}
+            if trained or settings.method == "sparsegpt":
+                changed = {n: p for n, p in stand_in.named_parameters() if trained or n in own}
+                values |= {anatomy.path(layer, name): p.detach().cpu() for name, p in changed.items()}
+        if on_event is not None:
+            seconds = time.perf_counter() - start
+            on_event({"stage": "measure", "block": layer, "blocks": len(walk.blocks), "seconds": seconds})
+    kept = Masks(masks, None if isinstance(pattern, float) else str(pattern))
+    return (Delta(values), kept) if values else (kept,)
+
+
+@torch.no_grad()
+def _prune_(
+    walk: Walk,
+    layer: int,
+    stand_in: nn.Module,
+    block: nn.Module,
+    states: Tensor,
+    settings: Sparsify,
+    pattern: Pattern | float,
+) -> tuple[dict[str, Tensor], float]:
+    """Prune the linears of ``stand_in`` in place; returns masks by name, as stored, and the greatest damping needed."""
+    family = walk.anatomy.family
+    groups = [family.attention_inputs, (family.attention_output,), family.ffn_inputs, (family.ffn_output,)]
+    # linears of one group read the same input, so one of them is tapped
+    readers = [group[0] for group in groups]
+    sequential = settings.statistics == "sequential"
+    measured: Mapping[str, InputStatistics] = {}
+    if settings.method != "magnitude" and not sequential:
+        measured = _measured(walk, layer, block, states, readers, settings)
+    masks: dict[str, Tensor] = {}
+    damping = 0.0
+    for reader, group in zip(readers, groups, strict=True):
+        if settings.method != "magnitude" and sequential:
+            measured = _measured(walk, layer, stand_in, states, [reader], settings)
+        for name in group:
+            stored = stand_in.get_parameter(f"{name}.weight")
+            weight = _as_out_in(walk.anatomy, stored)
+            found = _pruned(weight, measured.get(reader), settings, pattern)
+            weight.copy_(found.weight)
+            masks[f"{name}.weight"] = _as_out_in(walk.anatomy, found.mask).contiguous()
+            damping = max(damping, found.damping)
+    return masks, damping
+
+
+def _pruned(weight: Tensor, inputs: InputStatistics | None, settings: Sparsify, pattern: Pattern | float) -> Sparse:
+    """New values and mask of one weight [out, in]."""
+    if settings.method == "sparsegpt":
+        assert inputs is not None and inputs.gram is not None
+        return sparsegpt(weight, inputs.gram.to(weight.device), pattern, settings.damping)
+    if settings.method == "wanda":
+        assert inputs is not None
+        score = wanda_score(weight, inputs.norm.to(weight.device))
+    else:
+        score = weight.abs()
+    mask = pattern.mask(score) if isinstance(pattern, Pattern) else row_mask(score, pattern)
+    return Sparse(torch.where(mask, weight, torch.zeros_like(weight)), mask, 0.0)
+
+
+def _measured(
+    walk: Walk, layer: int, block: nn.Module, states: Tensor, names: Sequence[str], settings: Sparsify
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of some linears of a block, the states left as they are."""
+    moments = {name: Moments(gram=settings.method == "sparsegpt") for name in names}
+    walk.advance(layer, states, block=block, taps=moments, out=torch.empty_like(states))
+    return {name: found.result() for name, found in moments.items()}
+
+
+def _as_out_in(anatomy: Anatomy, stored: Tensor) -> Tensor:
+    """Between the stored orientation and [out, in], as a view; its own inverse."""
+    return stored.detach().T if input_first(anatomy) else stored.detach()
+
+
+@torch.no_grad()
+def _restore_(block: nn.Module, file: Path) -> dict[str, Tensor]:
+    """Take a finished block's values back from disk; returns its masks."""
+    tensors = load_file(file)
+    for name, parameter in block.named_parameters():
+        parameter.copy_(tensors[f"value/{name}"])
+    return {name.removeprefix("mask/"): mask for name, mask in tensors.items() if name.startswith("mask/")}

@@ -1,0 +1,58 @@
+"""Sparsity patterns: which weights of a matrix stay. O outputs, I inputs; a higher score stays."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shearling.errors import ShearlingError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``keep`` of every ``of`` consecutive weights along the input stay, as 2 of 4 in 2:4."""
+
+    keep: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """``"2:4"`` and the like; ShearlingError for anything else."""
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        keep, of = map(int, found.groups()) if found else (0, 0)
+        if not 0 < keep < of:
+            raise ShearlingError(f"pattern {text!r}: must be N:M with 0 < N < M, such as 2:4")
+        return cls(keep, of)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+    def mask(self, score_OI: Tensor) -> Tensor:
+        """The weights that stay, bool [O, I]; of equal scores the lower index stays.
+
+        Raises ShearlingError where the groups do not fill the inputs.
+        """
+        self.check(score_OI.shape[1])
+        return _highest(score_OI.unflatten(1, (-1, self.of)), self.keep).flatten(1)
+
+    def check(self, inputs: int) -> None:
+        """ShearlingError unless groups of ``of`` fill ``inputs``."""
+        if inputs % self.of:
+            raise ShearlingError(
+                f"pattern {self}: {inputs} inputs are no multiple of {self.of}; choose another pattern"
+            )
+
+
+def row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
+    """Unstructured: each output loses the same whole number of its weights, bool [O, I]; ties as in ``Pattern``."""
+    width = score_OI.shape[1]
+    return _highest(score_OI, width - round(sparsity * width))
+
+
+def _highest(score: Tensor, keep: int) -> Tensor:
+    """True at the ``keep`` highest scores along the last dimension."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(-1, order, True)
