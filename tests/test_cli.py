@@ -83,6 +83,22 @@ def test_per_layer_checkpoints_load_after_importing_shearling(tmp_path: Path, li
     assert ended.stdout.strip() == "ShearlingLlamaForCausalLM", ended.stderr
 
 
+def test_masks_without_a_recipe(tmp_path: Path, command: Any) -> None:
+    dense, out = tiny_folder(tmp_path / "dense"), tmp_path / "masked"
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 8)
+    options = ("--calibration", text, "--sequences", 4, "--length", 32, "--device", "cpu", "--method", "wanda")
+    code, table, err = command("cut", dense, "--out", out, *options, "--pattern", "2:4")
+    assert code == 0, err
+    assert "weights under the masks (2:4)" in " ".join(table.split())
+    weight = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert ((weight.view(48, 8, 4) != 0).sum(-1) == 2).all()
+    again = (dense, "--out", tmp_path / "other", *options)
+    refused(command("cut", *again, "--pattern", "4:2"), "sparsify.pattern = '4:2'", "such as 2:4")
+    refused(command("cut", *again, "--pattern", "2:5"), "32 inputs are no multiple of 5")
+    assert not (tmp_path / "other").exists()
+
+
 def test_run_plan_report(tmp_path: Path, command: Any) -> None:
     recipe, out = make_recipe(tmp_path), tmp_path / "out"
     code, planned, _ = command("plan", recipe, "--json")
@@ -228,7 +244,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, command: Any, 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shearling.run.plan_structured", interrupted)
+    monkeypatch.setattr("shearling.run.plan_stage", interrupted)
     code, _, err = command("run", make_recipe(tmp_path), "--out", tmp_path / "out")
     assert code == 130
     assert "--resume" in err

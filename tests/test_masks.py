@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.export import save_model
-from shearling.methods.masks import plan_masks
+from shearling.methods.masks import plan_masks, preview_masks
 from shearling.methods.sparsegpt import inverse_factor, sparsegpt
 from shearling.methods.wanda import wanda_score
 from shearling.plan import Masks, load_edits, save_edits
 from shearling.plan.patterns import Pattern, row_mask
 from shearling.recipe import Reconstruct, Sparsify
 from shearling.surgery import cut_
-from tests.tiny import FAMILIES, tiny_model, tiny_tokens
+from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokens
 
 
 @given(st.sampled_from([(2, 4), (4, 8), (1, 4), (3, 5)]), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10_000))
@@ -166,7 +166,7 @@ def linears(model: Any) -> dict[str, torch.Tensor]:
 def test_every_linear_follows_the_pattern_and_reloads(family: str, settings: Sparsify, tmp_path: Path) -> None:
     model = tiny_model(family)
     before = copy.deepcopy(model.state_dict())
-    edits = plan_masks(model, tiny_tokens(6, 24), settings, batch=2)
+    edits = plan_masks(model, tiny_tokens(6, 24), settings, batch=2).edits
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     save_edits(edits, tmp_path / "edits")
     cut_(model, load_edits(tmp_path / "edits"))
@@ -202,7 +202,7 @@ def inputs_of(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_wanda_with_dense_statistics_is_its_formula(family: str) -> None:
     model, tokens = tiny_model(family, seed=4), tiny_tokens(6, 24, seed=5)
-    (edit,) = plan_masks(model, tokens, Sparsify(method="wanda", statistics="dense"), batch=3)
+    (edit,) = plan_masks(model, tokens, Sparsify(method="wanda", statistics="dense"), batch=3).edits
     assert isinstance(edit, Masks) and edit.pattern == "2:4"
     inputs = inputs_of(model, tokens)
     for name, weight in linears(model).items():
@@ -217,7 +217,7 @@ def test_wanda_with_dense_statistics_is_its_formula(family: str) -> None:
 def test_sequential_statistics_are_those_of_the_pruned_model(method: Any) -> None:
     """Each linear is pruned as if the model with all linears before it pruned had been measured."""
     model, tokens = tiny_model("llama", seed=6), tiny_tokens(8, 32, seed=7)
-    edits = plan_masks(model, tokens, Sparsify(method=method), batch=4)
+    edits = plan_masks(model, tokens, Sparsify(method=method), batch=4).edits
     pruned = copy.deepcopy(model)
     cut_(pruned, edits)
     work = copy.deepcopy(model)
@@ -241,7 +241,7 @@ def test_each_step_brings_the_output_nearer() -> None:
 
     def error(settings: Sparsify) -> float:
         pruned = copy.deepcopy(model)
-        cut_(pruned, plan_masks(model, tokens, settings, batch=4))
+        cut_(pruned, plan_masks(model, tokens, settings, batch=4).edits)
         with torch.no_grad():
             return float((pruned.model(tokens)[0] - model.model(tokens)[0]).square().mean())
 
@@ -255,7 +255,7 @@ def test_each_step_brings_the_output_nearer() -> None:
 def test_interrupted_masks_go_on_to_the_same_edits(trained: bool, tmp_path: Path) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(6, 24)
     settings = Sparsify(reconstruct=Reconstruct(steps=3) if trained else None)
-    whole = plan_masks(model, tokens, settings, batch=2)
+    whole = plan_masks(model, tokens, settings, batch=2).edits
 
     class Stop(Exception):
         pass
@@ -266,7 +266,7 @@ def test_interrupted_masks_go_on_to_the_same_edits(trained: bool, tmp_path: Path
 
     with pytest.raises(Stop):
         plan_masks(model, tokens, settings, batch=2, state_dir=tmp_path, on_event=stop)
-    rest = plan_masks(model, tokens, settings, batch=2, state_dir=tmp_path)
+    rest = plan_masks(model, tokens, settings, batch=2, state_dir=tmp_path).edits
     for ours, theirs in zip(rest, whole, strict=True):
         assert ours.tensors().keys() == theirs.tensors().keys()
         for name, tensor in theirs.tensors().items():
@@ -276,3 +276,19 @@ def test_interrupted_masks_go_on_to_the_same_edits(trained: bool, tmp_path: Path
 def test_masks_that_do_not_divide_are_refused_before_anything_is_measured() -> None:
     with pytest.raises(ShearlingError, match="32 inputs are no multiple of 5"):
         plan_masks(tiny_model("llama"), tiny_tokens(), Sparsify(pattern="2:5"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "unstructured"])
+def test_preview_tells_what_planning_finds(family: str, pattern: str) -> None:
+    model, settings = tiny_model(family), Sparsify(method="magnitude", pattern=pattern, sparsity=0.3)
+    with torch.device("meta"):
+        planned = preview_masks(AutoModelForCausalLM.from_config(tiny_config(family)).float(), settings)
+    outcome = plan_masks(model, tiny_tokens(), settings, batch=2)
+    assert planned == outcome.plan
+    cut_(model, outcome.edits)
+    masked = outcome.plan.masked
+    assert masked is not None
+    assert masked.kept == sum(int((weight != 0).sum()) for weight in linears(model).values())
+    assert masked.of == sum(weight.numel() for weight in linears(model).values())
+    assert outcome.plan.before == outcome.plan.after

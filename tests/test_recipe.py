@@ -35,7 +35,7 @@ def message(file: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("file", sorted(Path("recipes").glob("*.yaml")), ids=lambda f: f.stem)
 def test_shipped_recipes_are_valid(file: Path) -> None:
-    assert load_recipe(file).prune.sparsity > 0
+    assert load_recipe(file).first.sparsity > 0
 
 
 def test_a_dumped_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_mistakes_are_named_with_a_remedy(recipe_file: Path, override: str, part
 
 def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["prune.sparsity=0.5", "evaluate.context=64", "seed=3", "recover.mean_rank=2"])
-    assert (recipe.prune.sparsity, recipe.evaluate.context, recipe.seed) == (0.5, 64, 3)
+    assert (recipe.first.sparsity, recipe.evaluate.context, recipe.seed) == (0.5, 64, 3)
     assert recipe.recover is not None
     assert recipe.recover.model_dump()["mean_rank"] == 2
 
@@ -94,8 +94,8 @@ def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "what"),
     [
-        ([BASE["stages"][1]], "must be prune, or prune then recover"),
-        ([BASE["stages"][0]] * 2, "must be prune, or prune then recover"),
+        ([BASE["stages"][1]], "must be prune, prune then recover, or sparsify"),
+        ([BASE["stages"][0]] * 2, "must be prune, prune then recover, or sparsify"),
         (["prune"], "stages.0"),
     ],
 )

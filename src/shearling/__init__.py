@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from shearling.errors import RecipeError, ShearlingError
     from shearling.evaluate import divergence, perplexity
     from shearling.export import save_model
+    from shearling.methods.masks import plan_masks
     from shearling.methods.structured import plan_structured, preview
     from shearling.models import load_model, load_tokenizer
-    from shearling.recipe import CFSP, Baseline, CFSPReference, Recipe, Shearling, load_recipe, parse_recipe
+    from shearling.recipe import CFSP, Baseline, CFSPReference, Recipe, Shearling, Sparsify, load_recipe, parse_recipe
     from shearling.run import run
     from shearling.surgery import cut_
     from shearling.train import TrainSettings, train
@@ -43,6 +44,7 @@ _HOME = {
     "RecipeError": "errors",
     "Shearling": "recipe",
     "ShearlingError": "errors",
+    "Sparsify": "recipe",
     "TrainSettings": "train",
     "corpus_tokens": "data",
     "cut_": "surgery",
@@ -52,6 +54,7 @@ _HOME = {
     "load_tokenizer": "models",
     "parse_recipe": "recipe",
     "perplexity": "evaluate",
+    "plan_masks": "methods.masks",
     "plan_structured": "methods.structured",
     "preview": "methods.structured",
     "run": "run",
@@ -67,6 +70,7 @@ __all__ = [
     "RecipeError",
     "Shearling",
     "ShearlingError",
+    "Sparsify",
     "TrainSettings",
     "corpus_tokens",
     "cut_",
@@ -76,6 +80,7 @@ __all__ = [
     "load_tokenizer",
     "parse_recipe",
     "perplexity",
+    "plan_masks",
     "plan_structured",
     "preview",
     "run",

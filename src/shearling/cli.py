@@ -62,10 +62,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
-    from shearling.methods.structured import preview
+    from shearling.methods.stages import preview_stage
     from shearling.models import empty_model
 
-    planned = preview(empty_model(loaded.model, loaded.dtype), loaded.prune, loaded.model)
+    planned = preview_stage(empty_model(loaded.model, loaded.dtype), loaded.first, loaded.model)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
@@ -80,6 +80,9 @@ def cut(
     out: Annotated[Path, typer.Option(help="new folder for the model")],
     method: Annotated[str, typer.Option(help="cfsp, shearling, wanda-sp, flap, magnitude, random")] = "cfsp",
     sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
+    pattern: Annotated[
+        str | None, typer.Option(help="masks instead: N:M or unstructured, by magnitude, wanda or sparsegpt")
+    ] = None,
     of: Annotated[str, typer.Option(help="of what: ffn, parameters or bytes")] = "ffn",
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
     uniform: Annotated[bool, typer.Option("--uniform", help="one width for all blocks")] = False,
@@ -97,7 +100,10 @@ def cut(
     """Prune a model without a recipe and save it."""
     from shearling.recipe import parse_recipe
 
-    stage = {"stage": "prune", "method": method, "sparsity": sparsity, "of": of, "round_to": round_to}
+    if pattern is None:
+        stage = {"stage": "prune", "of": of, "round_to": round_to, "uniform": uniform}
+    else:
+        stage = {"stage": "sparsify", "pattern": pattern}
     text = {"text": calibration, "sequences": sequences, "length": length, "batch": batch, "stream": stream}
     content = {
         "model": model,
@@ -105,7 +111,7 @@ def cut(
         "device": device,
         "dtype": dtype,
         "calibration": text,
-        "stages": [{**stage, "uniform": uniform}],
+        "stages": [{**stage, "method": method, "sparsity": sparsity}],
     }
     recipe = parse_recipe(content, "cut")
     with _working("nothing was written") as narrator:

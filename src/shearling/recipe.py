@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from shearling.errors import RecipeError
 
 STDLIB = "stdlib:"
+UNSTRUCTURED = "unstructured"
 Tokens = Annotated[int, Field(ge=1)]
 
 
@@ -125,6 +126,7 @@ class Baseline(_Prune):
 class Sparsify(_Strict):
     """One-shot masks over all linears of the blocks; no shape changes."""
 
+    stage: Literal["sparsify"] = "sparsify"
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     #: N:M along the input, or ``unstructured``: a share of each row
     pattern: str = "2:4"
@@ -133,6 +135,14 @@ class Sparsify(_Strict):
     statistics: Literal["sequential", "dense"] = "sequential"
     damping: Annotated[float, Field(gt=0)] = 0.01
     reconstruct: Reconstruct | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        keep, colon, of = value.partition(":")
+        if value != UNSTRUCTURED and not (colon and keep.isdigit() and of.isdigit() and 0 < int(keep) < int(of)):
+            raise ValueError(f"must be N:M with 0 < N < M, such as 2:4, or {UNSTRUCTURED}")
+        return value
 
 
 PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline, Field(discriminator="method")]
@@ -170,8 +180,10 @@ class Full(_Recover):
 
 
 RecoverStage = Annotated[LoRA | Full, Field(discriminator="method")]
-Stage = Annotated[PruneStage | RecoverStage, Field(discriminator="stage")]
+Stage = Annotated[PruneStage | Sparsify | RecoverStage, Field(discriminator="stage")]
 Section = TypeVar("Section", bound=_Strict)
+MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
+STAGES = ("prune", "sparsify", "recover")
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random")
 
 
@@ -190,15 +202,15 @@ class Recipe(_Strict):
     @classmethod
     def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [stage.stage for stage in stages]
-        if names not in (["prune"], ["prune", "recover"]):
-            raise ValueError(f"must be prune, or prune then recover; got {', '.join(names)}")
+        if names not in (["prune"], ["prune", "recover"], ["sparsify"]):
+            raise ValueError(f"must be prune, prune then recover, or sparsify; got {', '.join(names)}")
         return stages
 
     @property
-    def prune(self) -> CFSP | CFSPReference | Shearling | Baseline:
-        """The pruning stage."""
+    def first(self) -> CFSP | CFSPReference | Shearling | Baseline | Sparsify:
+        """The stage that prunes."""
         stage = self.stages[0]
-        assert isinstance(stage, _Prune)
+        assert isinstance(stage, _Prune | Sparsify)
         return stage  # pyrefly: ignore[bad-return]
 
     @property
@@ -276,12 +288,12 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
     problem = error.errors()[0]
-    location = [part for part in problem["loc"] if part not in ("prune", "recover", *METHODS, "lora", "full")]
+    location = [part for part in problem["loc"] if part not in (*STAGES, *METHODS, "lora", "full")]
     if location[:1] == ["stages"] and len(location) > 1:
         # as --set addresses it
         stage = content["stages"][location[1]]
         named = stage.get("stage") if isinstance(stage, dict) else None
-        location[:2] = [named if named in ("prune", "recover") else f"stages.{location[1]}"]
+        location[:2] = [named if named in STAGES else f"stages.{location[1]}"]
     field = ".".join(map(str, location))
     match problem["type"]:
         case "extra_forbidden":
@@ -292,7 +304,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
         case "union_tag_invalid" | "union_tag_not_found":
             tag = problem.get("ctx", {}).get("discriminator", "'stage'").strip("'")
             valid = METHODS if tag == "method" and "recover" not in problem["loc"] else ("lora", "full")
-            valid = ("prune", "recover") if tag == "stage" else valid
+            valid = STAGES if tag == "stage" else valid
             given = problem["input"].get(tag) if isinstance(problem["input"], dict) else problem["input"]
             near = difflib.get_close_matches(str(given), valid, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -309,6 +321,8 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
     owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
+    if "sparsify" in tags:
+        return list(Sparsify.model_fields)
     for owner in owners:
         if tags.intersection(get_args(owner.model_fields["method"].annotation)):
             return list(owner.model_fields)

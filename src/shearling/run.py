@@ -17,9 +17,9 @@ from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
 from shearling.export import save_model
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
-from shearling.methods.structured import Outcome, plan_structured, restore_plan
+from shearling.methods.stages import plan_stage
 from shearling.models import check_finite, load_model, load_tokenizer
-from shearling.plan import Plan, inventory_of, load_edits, save_edits, sizes
+from shearling.plan import Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
 from shearling.recipe import Evaluation, Full, LoRA, Recipe
 from shearling.report import write_report
 from shearling.rundir import RunDir
@@ -196,8 +196,9 @@ class _Session:
         edits = load_edits(self.folder.state / "edits")
         measured = self.folder.done("measure")
         assert measured is not None
-        method = self.recipe.prune.method
-        return Outcome(restore_plan(self.dense[0], edits, self.recipe.model, method, measured["importance"]), edits)
+        model, name, method = self.dense[0], self.recipe.model, self.recipe.first.method
+        anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+        return Outcome(plan_of(name, method, anatomy, inventory, edits, measured["importance"]), edits)
 
     def _recover(self, model: Any, outcome: Outcome, stage: LoRA | Full) -> tuple[Any, TrainResult]:
         recipe = self.recipe
@@ -270,10 +271,10 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, 
 
 def _outcome(recipe: Recipe, model: Any, tokenizer: Any, state: Path | None, on_event: OnEvent | None) -> Outcome:
     wish = recipe.calibration
-    return plan_structured(
+    return plan_stage(
         model,
         _calibration(recipe, tokenizer),
-        recipe.prune,
+        recipe.first,
         batch=wish.batch,
         seed=recipe.seed,
         device=device_of(recipe.device),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shearling.anatomy import Anatomy
+from shearling.anatomy import Anatomy, anatomy_of
 from shearling.methods.projections import input_first
 from shearling.methods.reconstruct import reconstruct_
 from shearling.methods.sparsegpt import Sparse, sparsegpt
 from shearling.methods.wanda import wanda_score
-from shearling.plan import Delta, Edit, Masks, write_tensors
-from shearling.plan.patterns import Pattern, row_mask
+from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_of, plan_of, write_tensors
+from shearling.plan.patterns import UNSTRUCTURED, Pattern, row_mask
 from shearling.recipe import Sparsify
 from shearling.sweep import InputStatistics, Moments, Walk, fingerprint
 
@@ -39,7 +40,8 @@ def plan_masks(
     device: torch.device | str | None = None,
     state_dir: Path | None = None,
     on_event: OnEvent | None = None,
-) -> tuple[Edit, ...]:
+    name: str = "",
+) -> Outcome:
     """Masks for every linear of every block, measured on windows [num, T], and new values where the method has some.
 
     The model is left as it is; carry the edits out with ``surgery.cut_``. ``state_dir`` keeps finished blocks. Raises
@@ -48,10 +50,9 @@ def plan_masks(
     """
     walk = Walk(model, tokens, batch=batch, device=device)
     anatomy = walk.anatomy
-    pattern = settings.sparsity if settings.pattern == "unstructured" else Pattern.parse(settings.pattern)
-    if isinstance(pattern, Pattern):
-        for name in anatomy.family.linears:
-            pattern.check(_as_out_in(anatomy, walk.blocks[0].get_parameter(f"{name}.weight")).shape[1])
+    pattern = _pattern(settings)
+    # refuses what does not divide
+    preview_masks(model, settings)
     state = None
     if state_dir is not None:
         state = state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16]
@@ -95,7 +96,31 @@ def plan_masks(
             seconds = time.perf_counter() - start
             on_event({"stage": "measure", "block": layer, "blocks": len(walk.blocks), "seconds": seconds})
     kept = Masks(masks, None if isinstance(pattern, float) else str(pattern))
-    return (Delta(values), kept) if values else (kept,)
+    edits: tuple[Edit, ...] = (Delta(values), kept) if values else (kept,)
+    return Outcome(plan_of(name, settings.method, anatomy, inventory_of(model), edits), edits)
+
+
+def preview_masks(model: Any, settings: Sparsify, name: str = "") -> Plan:
+    """The plan before anything is measured. ``model`` may be on meta. ShearlingError as ``plan_masks``."""
+    anatomy = anatomy_of(model.config)
+    pattern = _pattern(settings)
+    kept = covered = 0
+    for layer in range(anatomy.num_layers):
+        for inner in anatomy.family.linears:
+            weight = _as_out_in(anatomy, model.get_parameter(f"{anatomy.path(layer, inner)}.weight"))
+            outputs, inputs = weight.shape
+            if isinstance(pattern, Pattern):
+                pattern.check(inputs)
+            stays = (
+                inputs - round(pattern * inputs) if isinstance(pattern, float) else inputs * pattern.keep // pattern.of
+            )
+            kept, covered = kept + outputs * stays, covered + outputs * inputs
+    plan = plan_of(name, settings.method, anatomy, inventory_of(model), ())
+    return replace(plan, masked=Masked(settings.pattern, kept, covered))
+
+
+def _pattern(settings: Sparsify) -> Pattern | float:
+    return settings.sparsity if settings.pattern == UNSTRUCTURED else Pattern.parse(settings.pattern)
 
 
 @torch.no_grad()

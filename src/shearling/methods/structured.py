@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shearling.anatomy import Anatomy, anatomy_of
+from shearling.anatomy import anatomy_of
 from shearling.data import sampled_windows
 from shearling.methods.budgets import Settings, channels_to_remove, share_out
 from shearling.methods.dense import decide
 from shearling.methods.shearling import plan_sequential
-from shearling.plan import (
-    Delta,
-    Edit,
-    Plan,
-    Structure,
-    TensorSize,
-    inventory_after,
-    inventory_of,
-    shape_after,
-    sizes,
-    unit_parameters,
-    write_tensors,
-)
+from shearling.plan import Outcome, Plan, Structure, inventory_of, plan_of, unit_parameters, write_tensors
 from shearling.recipe import CFSP, Shearling
 from shearling.sweep import Walk, fingerprint, measure
 
 OnEvent = Callable[[dict[str, Any]], None]
 #: sequences, and tokens of each, on which next-token distributions are compared
 PROBES, PROBE_LENGTH = 8, 512
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A plan and the edits that make it true."""
-
-    plan: Plan
-    edits: tuple[Edit, ...]
 
 
 def plan_structured(
@@ -91,7 +70,7 @@ def plan_structured(
             cache = state_dir / fingerprint(model, tokens, "dense", grams, grams and heads, batch)[:16]
         found = measure(walk, ffn_gram=grams, attention_gram=grams and heads, cache=cache, on_event=on_event)
         importance, edits = decide(walk, found, settings, budget, seed)
-    return Outcome(_plan(name, settings.method, anatomy, inventory, edits, importance), tuple(edits))
+    return Outcome(plan_of(name, settings.method, anatomy, inventory, edits, importance), tuple(edits))
 
 
 def _with_samples(model: Any, tokens: Tensor, num: int, seed: int, state: Path | None) -> Tensor:
@@ -117,34 +96,4 @@ def preview(model: Any, settings: Settings, name: str = "") -> Plan:
     budget = channels_to_remove(anatomy, inventory, settings)
     widths = share_out([1.0] * anatomy.num_layers, anatomy, budget, settings)
     kept = {f"ffn.{layer}": tuple(range(width)) for layer, width in enumerate(widths)}
-    return _plan(name, settings.method, anatomy, inventory, [Structure(kept)], ())
-
-
-def restore_plan(model: Any, edits: Sequence[Edit], name: str, method: str, importance: Sequence[float]) -> Plan:
-    """The plan of edits that were stored, for the model they were made for."""
-    return _plan(name, method, anatomy_of(model.config), inventory_of(model), edits, importance)
-
-
-def _plan(
-    name: str, method: str, before: Anatomy, inventory: Any, edits: Sequence[Edit], importance: Sequence[float]
-) -> Plan:
-    after, added = before, {}
-    for edit in edits:
-        if isinstance(edit, Structure):
-            after = shape_after(before, edit)
-        elif isinstance(edit, Delta):
-            # biases that the model had not (FLAP)
-            new = {n: value for n, value in edit.values.items() if n not in inventory and n.endswith(".bias")}
-            added |= {n: TensorSize(tuple(value.shape), value.element_size()) for n, value in new.items()}
-            inner = {n.removeprefix(before.path(before.layer_of(n) or 0) + ".").removesuffix(".bias") for n in new}
-            after = replace(after, biases=tuple(sorted({*after.biases, *inner})))
-    return Plan(
-        model=name,
-        method=method,
-        before=sizes(inventory, before),
-        after=sizes(inventory_after(inventory, before, after) | added, after),
-        anatomy_before=before,
-        anatomy_after=after,
-        layers=tuple(range(before.num_layers)),
-        importance=tuple(importance),
-    )
+    return plan_of(name, settings.method, anatomy, inventory, [Structure(kept)])

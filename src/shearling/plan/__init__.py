@@ -3,7 +3,8 @@
 from shearling.plan.budget import cap_shares, round_to_total
 from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
 from shearling.plan.files import load_edits, save_edits, write_tensors
-from shearling.plan.plan import Plan, engines
+from shearling.plan.outcome import Outcome, plan_of
+from shearling.plan.plan import Masked, Plan, engines
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
 from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, inventory_of, sizes, unit_parameters
 
@@ -12,7 +13,9 @@ __all__ = [
     "Delta",
     "Edit",
     "Inventory",
+    "Masked",
     "Masks",
+    "Outcome",
     "Plan",
     "Quant",
     "Sizes",
@@ -28,6 +31,7 @@ __all__ = [
     "kept_elements",
     "kept_layers",
     "load_edits",
+    "plan_of",
     "round_to_total",
     "save_edits",
     "shape_after",

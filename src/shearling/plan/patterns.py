@@ -10,6 +10,9 @@ from torch import Tensor
 
 from shearling.errors import ShearlingError
 
+#: what stands for a pattern where a share of each row stays
+UNSTRUCTURED = "unstructured"
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -48,8 +51,18 @@ class Pattern:
 
 def row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
     """Unstructured: each output loses the same whole number of its weights, bool [O, I]; ties as in ``Pattern``."""
-    width = score_OI.shape[1]
-    return _highest(score_OI, width - round(sparsity * width))
+    return _highest(score_OI, num_kept(sparsity, score_OI.shape[1]))
+
+
+def num_kept(pattern: Pattern | float, inputs: int) -> int:
+    """How many weights of a row stay; ``pattern`` is the share that goes where it is no pattern.
+
+    ShearlingError as ``Pattern.check``.
+    """
+    if isinstance(pattern, float):
+        return inputs - round(pattern * inputs)
+    pattern.check(inputs)
+    return inputs // pattern.of * pattern.keep
 
 
 def _highest(score: Tensor, keep: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shearling.anatomy import Anatomy, expressible
@@ -11,11 +11,20 @@ from shearling.plan.sizes import Sizes
 
 
 @dataclass(frozen=True)
+class Masked:
+    """Masks of a plan: their pattern, and how many weights stay ``kept`` of how many they cover."""
+
+    pattern: str
+    kept: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes and block shapes before and after, who loads the result, and what making it costs.
 
     ``importance`` has one number a block, empty where nothing was measured. ``estimate`` holds ``seconds`` and
-    ``peak_bytes`` where they are known.
+    ``peak_bytes`` where they are known. Masks change no size: ``masked`` counts them.
     """
 
     model: str
@@ -27,6 +36,7 @@ class Plan:
     layers: tuple[int, ...]
     importance: tuple[float, ...] = ()
     estimate: dict[str, float] = field(default_factory=dict)
+    masked: Masked | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``."""
@@ -38,6 +48,7 @@ class Plan:
             "blocks": [self._block(new, old) for new, old in enumerate(self.layers)],
             "engines": engines(self.anatomy_after),
             "estimate": self.estimate,
+            **({} if self.masked is None else {"masks": asdict(self.masked)}),
         }
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -55,6 +66,10 @@ class Plan:
             ]
             total = [sum(w) for w in widths]
             rows.append((name.replace("_", " "), _span(widths[0]), _span(widths[1]), f"{total[1] / total[0]:.3f}"))
+        if self.masked is not None:
+            share = self.masked.kept / self.masked.of
+            of, kept = f"{self.masked.of:,}", f"{self.masked.kept:,}"
+            rows.append((f"weights under the masks ({self.masked.pattern})", of, kept, f"{share:.3f}"))
         count = [self.anatomy_before.num_layers, self.anatomy_after.num_layers]
         rows.append(("layers", str(count[0]), str(count[1]), f"{count[1] / count[0]:.3f}"))
         return rows
