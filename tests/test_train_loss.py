@@ -79,26 +79,59 @@ def test_cross_entropy_in_float64_passes_gradcheck():
     )
 
 
+def per_token_divergence(kind, student, teacher):
+    """By definition, from probabilities."""
+
+    def kl(p, q):
+        return (p * (p.log() - q.log())).sum(1)
+
+    middle = (student + teacher) / 2
+    return {
+        "forward": lambda: kl(teacher, student),
+        "reverse": lambda: kl(student, teacher),
+        "jensen-shannon": lambda: (kl(student, middle) + kl(teacher, middle)) / 2,
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("softcap", [None, 8.0])
-def test_divergence_equals_full_logits_in_float64(temperature, softcap):
+@pytest.mark.parametrize("more", [0, 14])
+def test_divergence_equals_full_logits_in_float64(kind, temperature, softcap, more):
     hidden, weight, bias, labels = case(0, 33, 16, 50, 0.2)
-    taught, teacher_weight, teacher_bias, _ = case(1, 33, 24, 50, 0.0)
+    # the teacher may know more tokens
+    taught, teacher_weight, teacher_bias, _ = case(1, 33, 24, 50 + more, 0.0)
     exact = leaves(hidden, weight, bias, dtype=torch.float64)
-    student = torch.log_softmax(full_logits(*exact, softcap) / temperature, 1)
-    teacher_logits = full_logits(taught.double(), teacher_weight.double(), teacher_bias.double(), None)
+    student = torch.softmax(full_logits(*exact, softcap) / temperature, 1)
+    teacher_logits = full_logits(taught.double(), teacher_weight.double(), teacher_bias.double(), 6.0)[:, :50]
     teacher = torch.softmax(teacher_logits / temperature, 1)
-    per_token = (teacher * (teacher.log() - student)).sum(1)
-    expected = temperature**2 * per_token[labels != -100].mean()
+    expected = temperature**2 * per_token_divergence(kind, student, teacher)[labels != -100].mean()
     expected.backward()
     ours = leaves(hidden, weight, bias, dtype=torch.float32)
-    loss = chunked_divergence(
-        ours[0], Head(ours[1], ours[2], softcap), taught, Head(teacher_weight, teacher_bias), labels, temperature, 7
-    )
+    heads = Head(ours[1], ours[2], softcap), Head(teacher_weight, teacher_bias, 6.0)
+    loss = chunked_divergence(ours[0], heads[0], taught, heads[1], labels, temperature, 7, kind)
     loss.backward()
     assert relative(loss.detach(), expected.detach()) < 1e-5
     for got, want in zip(ours, exact, strict=True):
         assert relative(got.grad, want.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
+def test_divergence_through_a_tied_head(kind):
+    """The embedding's gradient is the sum of what comes through the input and through the head."""
+    model, teacher, ids = tiny_model("llama", tie_word_embeddings=True), tiny_model("llama", seed=1), tiny_tokens()
+    exact = tiny_model("llama", tie_word_embeddings=True).double()
+    labels = next_tokens(ids)
+    student = torch.softmax(exact(ids).logits, -1)[:, :-1].flatten(0, 1)
+    with torch.no_grad():
+        taught = torch.softmax(teacher.double()(ids).logits, -1)[:, :-1].flatten(0, 1)
+    per_token_divergence(kind, student, taught).mean().backward()
+    states = hidden_states(teacher.float(), ids)
+    chunked_divergence(
+        hidden_states(model, ids), output_head(model), states, output_head(teacher), labels, chunk=5, kind=kind
+    ).backward()
+    got, want = (m.model.embed_tokens.weight.grad for m in (model, exact))
+    assert relative(got, want) < 1e-4
 
 
 def test_all_ignored_is_zero_with_zero_gradient():

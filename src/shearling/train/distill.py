@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from shearling.errors import ShearlingError
 from shearling.train.head import hidden_states, output_head
-from shearling.train.loss import chunked_divergence
+from shearling.train.loss import Divergence, chunked_divergence
 from shearling.train.policy import Policy, StepContext
 from shearling.train.settings import TrainSettings
 
 
 class Distillation(Policy):
-    """Adds ``weight * KL(teacher || student)`` at a temperature, from hidden states in chunks.
+    """Adds ``weight`` times a divergence from a teacher at a temperature, from hidden states in chunks.
 
-    The teacher may be any causal language model over the same vocabulary, on the model's device; it is put into
-    evaluation mode and never changed. Cross-entropy keeps the weight that the settings give it.
+    ``kind`` is as in ``chunked_divergence``. The teacher may be any causal language model over the same vocabulary, or
+    a larger one that begins with it, on the model's device; it is put into evaluation mode and never changed.
+    Cross-entropy keeps the weight that the settings give it.
     """
 
-    def __init__(self, teacher: Any, *, weight: float = 1.0, temperature: float = 1.0, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+        chunk: int = 512,
+    ) -> None:
         if not (weight > 0 and temperature > 0):
             raise ShearlingError(f"distillation weight {weight}, temperature {temperature}: both must be above 0")
+        if kind not in get_args(Divergence):
+            raise ShearlingError(f"distillation {kind!r}: must be one of {', '.join(get_args(Divergence))}")
+        self.kind: Divergence = kind
         self.teacher = teacher
         self.weight = weight
         self.temperature = temperature
@@ -33,8 +45,10 @@ class Distillation(Policy):
         if self.teacher is model:
             raise ShearlingError("teacher: is the model itself; load a second copy")
         own, theirs = output_head(model).weight.shape[0], output_head(self.teacher).weight.shape[0]
-        if own != theirs:
-            raise ShearlingError(f"teacher: vocabulary of {theirs}, the model's is {own}; both must be the same")
+        if own > theirs:
+            raise ShearlingError(
+                f"teacher: vocabulary of {theirs}, the model's is {own}; it must be the same or begin with the model's"
+            )
         self.teacher.eval()
 
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
@@ -49,5 +63,6 @@ class Distillation(Policy):
             ctx.labels,
             self.temperature,
             self.chunk,
+            self.kind,
         )
         return {"distillation": self.weight * divergence}

@@ -5,8 +5,9 @@ Shapes: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from shearling.train.head import Head
 #: label of a position that has no target
 IGNORE = -100
 
+Divergence = Literal["forward", "reverse", "jensen-shannon"]
 #: (logits [n, V], rows, whether the slope is wanted) -> (loss, its derivative by the logits or None)
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
@@ -61,31 +63,60 @@ def chunked_divergence(
     labels: Tensor,
     temperature: float = 1.0,
     chunk: int = 512,
+    kind: Divergence = "forward",
 ) -> Tensor:
-    """Mean forward divergence KL(teacher || student) at a temperature, times its square (Hinton et al. 2015).
+    """Mean divergence between teacher and student at a temperature, times its square (Hinton et al. 2015).
 
-    ``hidden`` [..., D] and ``teacher_hidden`` [..., D'] go through their own heads over one vocabulary; positions
-    whose ``labels`` are -100 do not count. The teacher gets no gradient. Precision as in chunked_cross_entropy.
+    ``kind`` is ``forward``, KL(teacher || student), ``reverse``, KL(student || teacher), or ``jensen-shannon``, the
+    mean of both against their average. ``hidden`` [..., D] and ``teacher_hidden`` [..., D'] go through their own heads;
+    of a teacher's larger vocabulary the student's part counts, as a distribution of its own. Positions whose
+    ``labels`` are -100 do not count. The teacher gets no gradient. Precision as in chunked_cross_entropy.
     """
+    divergence = _DIVERGENCES[kind]
     ignored = (labels == IGNORE).reshape(-1)
     count = (~ignored).sum().clamp(min=1)
     taught = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
-    weight, bias, softcap = teacher_head
+    vocab = head.weight.shape[0]
     dtype = _product_dtype(taught)
-    weight = weight.detach().to(dtype)
+    weight = teacher_head.weight[:vocab].detach().to(dtype)
+    bias = None if teacher_head.bias is None else teacher_head.bias[:vocab].detach()
 
     def chunk_loss(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
         skip = ignored[rows][:, None]
         student = (logits / temperature).log_softmax(1)
-        teacher = (_logits(taught[rows].to(dtype), weight, bias, softcap) / temperature).log_softmax(1)
-        share = teacher.exp()
-        loss = (share * (teacher - student)).sum(1, keepdim=True).masked_fill(skip, 0).sum()
-        loss = loss * (temperature**2 / count)
-        if not with_slope:
-            return loss, None
-        return loss, (student.exp_() - share).masked_fill_(skip, 0).mul_(temperature / count)
+        teacher = (_logits(taught[rows].to(dtype), weight, bias, teacher_head.softcap) / temperature).log_softmax(1)
+        per_token, slope = divergence(student, teacher, with_slope)
+        loss = per_token.masked_fill(skip, 0).sum() * (temperature**2 / count)
+        return loss, None if slope is None else slope.masked_fill_(skip, 0).mul_(temperature / count)
 
     return _through_head(hidden, head, chunk_loss, chunk)
+
+
+# Each takes log-probabilities log s and log t [n, V] and gives the divergence [n, 1] and its derivative by the
+# student's logits at temperature 1. A function f(s) of the softmax s has the derivative s (f' - sum_j s_j f'_j).
+
+
+def _forward(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    share = teacher.exp()
+    value = (share * (teacher - student)).sum(1, keepdim=True)
+    return value, student.exp_().sub_(share) if with_slope else None
+
+
+def _reverse(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    share, gap = student.exp(), student - teacher
+    value = (share * gap).sum(1, keepdim=True)
+    return value, gap.sub_(value).mul_(share) if with_slope else None
+
+
+def _jensen_shannon(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    middle = torch.logaddexp(student, teacher).sub_(math.log(2))
+    share, gap = student.exp(), student - middle
+    own = (share * gap).sum(1, keepdim=True)
+    value = (own + (teacher.exp() * (teacher - middle)).sum(1, keepdim=True)) / 2
+    return value, gap.sub_(own).mul_(share).div_(2) if with_slope else None
+
+
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon}
 
 
 def _through_head(hidden: Tensor, head: Head, chunk_loss: ChunkLoss, chunk: int) -> Tensor:
