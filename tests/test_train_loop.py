@@ -449,3 +449,59 @@ def test_a_policys_module_may_live_outside_the_model():
     before = state(model)
     train(model, some_windows(), [policy], some_settings(cross_entropy=0.0))
     assert same(state(model), before) and (policy.gate < 1).all()
+
+
+# --- memory
+
+
+class Memory(Policy):
+    """Runs out of memory where more than ``fits`` windows come at a time."""
+
+    def __init__(self, fits):
+        self.fits, self.seen = fits, []
+
+    def loss_terms(self, ctx):
+        self.seen.append(len(ctx.input_ids))
+        if len(ctx.input_ids) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {}
+
+
+@pytest.mark.parametrize("fits", [1, 2])
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(fits):
+    events = []
+    memory, model = Memory(fits), tiny_model("llama")
+    result = train(model, some_windows(), [memory], some_settings(steps=3), on_event=events.append)
+    plain = tiny_model("llama")
+    expected = train(plain, some_windows(), [], some_settings(steps=3, micro_batch=fits))
+    assert result.losses == expected.losses
+    assert same(state(model), state(plain))
+    assert result.skipped == 0
+    warnings = [event for event in events if "warning" in event]
+    assert [event["step"] for event in warnings] == [1] * (3 - fits)
+    assert f"{fits} windows at a time" in warnings[-1]["warning"]
+    # it does not try more again
+    assert memory.seen == [4, 2, 1][: 3 - fits] + [fits] * (12 // fits)
+
+
+def test_out_of_memory_with_one_window_is_one_line(tmp_path):
+    model = tiny_model("llama")
+    with pytest.raises(ShearlingError, match="step 1: out of memory with one window of 12 tokens") as caught:
+        train(model, some_windows(), [Memory(0)], some_settings(), state_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "phi3"])
+def test_recomputed_activations_change_nothing(family):
+    results = {}
+    for recompute in (False, True):
+        model, calls = tiny_model(family), []
+        block = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[1]
+        handle = next(block.children()).register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        result = train(model, some_windows(), [], some_settings(steps=3, recompute=recompute))
+        handle.remove()
+        results[recompute] = (result.losses, state(model), len(calls))
+        assert "forward" not in vars(block)
+    assert results[True][0] == results[False][0]
+    assert same(results[True][1], results[False][1])
+    assert results[True][2] == 2 * results[False][2]

@@ -159,6 +159,11 @@ class _Recover(_Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     #: weight of the divergence from the dense model; 0 trains on text alone
     distill: Annotated[float, Field(ge=0)] = 0.0
+    #: which one: KL(dense || model), KL(model || dense), or the mean of both against their average
+    divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    #: activations inside a block are computed again in the backward pass instead of kept
+    recompute: bool = False
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
 
 

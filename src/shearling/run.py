@@ -214,6 +214,7 @@ class _Session:
             schedule=stage.schedule,
             log_every=1,
             checkpoint_every=stage.checkpoint_every,
+            recompute=stage.recompute,
             seed=recipe.seed,
         )
         policies: list[Policy] = []
@@ -224,7 +225,9 @@ class _Session:
             ranks = allocate_ranks(_shares(outcome.plan, stage.ranks), stage.mean_rank, stage.ranks)
             policies.append(LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank))
         if stage.distill:
-            policies.append(Distillation(self.dense[0], weight=stage.distill))
+            teacher = self.dense[0]
+            kind, temperature = stage.divergence, stage.temperature
+            policies.append(Distillation(teacher, weight=stage.distill, temperature=temperature, kind=kind))
 
         def tell(event: dict[str, Any]) -> None:
             self._event({"stage": "recover", "steps": settings.steps, **event})

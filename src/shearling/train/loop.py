@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy, StepContext
+from shearling.train.recompute import recomputed
 from shearling.train.resume import Counters, Run
 from shearling.train.sampler import WindowSampler, derived_seed
 from shearling.train.settings import TrainSettings
@@ -63,9 +66,9 @@ def train(
     (same torch, device and thread count), given the same model and arguments. The last checkpoint is left there.
 
     SIGTERM and SIGINT end the run after the step at hand, with a checkpoint; policies are finalized, so the model is
-    always left stock unless an exception is raised. Step, loss, learning rate, tokens, speed, gradient norm and time
-    left go to ``on_event`` every ``log_every`` steps; ``validation_loss``, ``warning`` and ``resumed`` come as events
-    of their own.
+    always left stock unless an exception is raised. A step that runs out of memory is done again with half of the
+    micro-batch. Step, loss, learning rate, tokens, speed, gradient norm and time left go to ``on_event`` every
+    ``log_every`` steps; ``validation_loss``, ``warning`` and ``resumed`` come as events of their own.
 
     Raises ShearlingError for unusable windows or settings, a checkpoint of another run, an unwritable ``state_dir``,
     or five steps in a row without a finite loss and gradient.
@@ -79,7 +82,7 @@ def train(
     emit = on_event or (lambda event: None)
     cuda = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=cuda), StopSignals() as signals:
+        with torch.random.fork_rng(devices=cuda), StopSignals() as signals, ExitStack() as stack:
             torch.manual_seed(derived_seed(settings.seed, "attach"))
             for policy in policies:
                 policy.attach(model, settings)
@@ -90,8 +93,9 @@ def train(
             saved = counters.step
             clock = Clock(counters)
             model.train()
+            stack.enter_context(recomputed(model) if settings.recompute else nullcontext())
             while counters.step < settings.steps and not signals.stopped:
-                event = _step(run, counters, device)
+                event = _step(run, counters, device, emit)
                 clock.tick(counters)
                 last = counters.step == settings.steps
                 if "warning" in event:
@@ -148,21 +152,17 @@ def next_tokens(input_ids: Tensor) -> Tensor:
     return nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
 
 
-def _step(run: Run, counters: Counters, device: torch.device) -> dict[str, Any]:
+def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> dict[str, Any]:
     """One optimizer step; returns its event without the running quantities."""
     settings, optimizers, policies = run.settings, run.optimizers, run.policies
     step = counters.step
-    # seeded anew each step, so that resuming needs no generator's state
-    torch.manual_seed(derived_seed(settings.seed, "step", step))
     rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", step))
     ids = run.windows[run.sampler.take(settings.batch)].to(device).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
-    optimizers.zero_grad()
     for policy in policies:
         policy.begin_step(step, rng)
-    ctx = StepContext(step, settings.steps, run.model, device, rate, ids, next_tokens(ids))
-    loss = _backward(ctx, policies, settings, ids)
+    ctx, loss = _gradients(run, counters, ids, rate, emit)
     gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
@@ -185,10 +185,47 @@ def _step(run: Run, counters: Counters, device: torch.device) -> dict[str, Any]:
     return {**event, "grad_norm": norm_value, **ctx.metrics}
 
 
-def _backward(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, ids: Tensor) -> Tensor:
+def _gradients(run: Run, counters: Counters, ids: Tensor, rate: float, emit: OnEvent) -> tuple[StepContext, Tensor]:
+    """Gradients and loss of one batch, in as large parts as memory allows."""
+    settings = run.settings
+    while True:
+        # seeded anew each step, so that resuming needs no generator's state
+        torch.manual_seed(derived_seed(settings.seed, "step", counters.step))
+        run.optimizers.zero_grad()
+        ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, next_tokens(ids))
+        try:
+            return ctx, _backward(ctx, run.policies, settings, ids, counters.micro_batch)
+        except torch.OutOfMemoryError as error:
+            _take_less(counters, settings, emit, error)
+        # out of the handler, where the error held on to the activations
+        del ctx
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _take_less(counters: Counters, settings: TrainSettings, emit: OnEvent, error: torch.OutOfMemoryError) -> None:
+    """Halve the micro-batch, and say so; ShearlingError where it is one window already."""
+    if counters.micro_batch == 1:
+        raise ShearlingError(
+            f"step {counters.step + 1}: out of memory with one window of {settings.length} tokens at a time; shorten "
+            "length, recompute activations, or train fewer parameters"
+        ) from error
+    before = counters.micro_batch
+    counters.micro_batch = (before + 1) // 2
+    emit(
+        {
+            "step": counters.step + 1,
+            "warning": f"out of memory; {counters.micro_batch} windows at a time instead of {before}, the batch stays",
+        }
+    )
+
+
+def _backward(
+    ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, ids: Tensor, micro_batch: int
+) -> Tensor:
     """Accumulate the gradients of a batch; returns its loss, detached. Several terms are noted in the metrics."""
     total = torch.zeros((), device=ctx.device)
-    for rows in ids.split(settings.micro_batch):
+    for rows in ids.split(micro_batch):
         share = len(rows) / len(ids)
         ctx.input_ids, ctx.labels = rows, next_tokens(rows)
         with _autocast(ctx.device, settings):

@@ -21,13 +21,14 @@ from shearling.train.sampler import WindowSampler
 from shearling.train.settings import TrainSettings
 
 #: settings that a resumed run may change, since they leave the parameters alone
-_FREE = ("log_every", "checkpoint_every")
+_FREE = ("log_every", "checkpoint_every", "recompute")
 
 
 @dataclass
 class Counters:
-    """How far a run is: steps done, seconds spent, total loss of each step, steps skipped."""
+    """How far a run is, and how many windows fit at a time; ``losses`` has the total loss of each step."""
 
+    micro_batch: int
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -68,14 +69,14 @@ class Run:
         Raises ShearlingError when the checkpoint is of another run.
         """
         if self.state_dir is None:
-            return Counters()
+            return Counters(self.settings.micro_batch)
         state, broken = load_checkpoint(self.state_dir)
         step = 0 if state is None else state["counters"]["step"]
         for path in broken:
             emit({"step": step, "warning": f"{path}: cannot be read; going on from step {step}"})
             shutil.rmtree(path)
         if state is None:
-            return Counters()
+            return Counters(self.settings.micro_batch)
         self._check(state["run"])
         for name, tensor in self._tensors().items():
             tensor.copy_(state["model"][name])

@@ -20,7 +20,8 @@ class TrainSettings:
     number of steps. ``min_ratio`` is where the schedule ends, over ``learning_rate``. ``clip`` bounds the global
     gradient norm (None: no bound). ``autocast`` None means bfloat16 on CUDA and none elsewhere.
     ``checkpoint_every`` and ``validate_every`` count steps; 0 means at the end only. ``cross_entropy`` weighs the
-    next-token loss; at 0 it is not computed and policies must bring a loss.
+    next-token loss; at 0 it is not computed and policies must bring a loss. With ``recompute`` activations inside a
+    block are computed again in the backward pass instead of kept.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class TrainSettings:
     clip: float | None = 1.0
     autocast: torch.dtype | None = None
     cross_entropy: float = 1.0
+    recompute: bool = False
     log_every: int = 10
     checkpoint_every: int = 0
     validate_every: int = 0
