@@ -112,6 +112,22 @@ def test_full_recovery_in_half_precision(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
+def test_recovery_validates_and_keeps_the_best(tmp_path: Path) -> None:
+    file = make_recipe(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    more = {"validate_every": 1, "distill": 0.5, "divergence": "jensen-shannon", "recompute": True, "keep": "best"}
+    content["stages"][1].update(more)
+    with pytest.raises(ShearlingError, match="keep = 'best' needs a validation text"):
+        parse_recipe(content)
+    content["stages"][1]["validation"] = str(tmp_path / "calibration.txt")
+    run(parse_recipe(content), tmp_path / "out")
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [event["validation_loss"] for event in events if "validation_loss" in event]
+    assert len(losses) == 6
+    recorded = json.loads((tmp_path / "out" / "state" / "recover.json").read_text())
+    assert recorded["best_step"] == 1 + losses.index(min(losses))
+
+
 def test_a_finished_run_is_not_done_again(recipe: Recipe, tmp_path: Path) -> None:
     first = run(recipe, tmp_path / "out")
     events: list[dict[str, Any]] = []

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
+from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
+from shearling.methods.ig_lora import LoRAPolicy
 from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, train
 from shearling.train.loop import validation_loss
 from shearling.train.sampler import WindowSampler
@@ -505,3 +507,54 @@ def test_recomputed_activations_change_nothing(family):
     assert results[True][0] == results[False][0]
     assert same(results[True][1], results[False][1])
     assert results[True][2] == 2 * results[False][2]
+
+
+# --- the best parameters
+
+
+def too_fast(**changes):
+    """A learning rate that soon does harm."""
+    return some_settings(steps=8, learning_rate=0.3, schedule="constant", warmup=0, validate_every=1, **changes)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_best_parameters_by_validation_are_kept(lora):
+    def policies(model):
+        return [LoRAPolicy(anatomy_of(model.config), [2, 2, 2])] if lora else []
+
+    held_out, events, model = some_windows(3), [], tiny_model("llama")
+    settings = too_fast(keep="best")
+    result = train(model, some_windows(), policies(model), settings, validation=held_out, on_event=events.append)
+    losses = {event["step"]: event["validation_loss"] for event in events if "validation_loss" in event}
+    assert result.best_step == min(losses, key=losses.get) < 8
+    assert validation_loss(model, held_out, settings) == pytest.approx(losses[result.best_step], rel=1e-5)
+    last = tiny_model("llama")
+    assert train(last, some_windows(), policies(last), too_fast(), validation=held_out).best_step is None
+    assert validation_loss(last, held_out, settings) == pytest.approx(losses[8], rel=1e-5)
+
+
+def test_the_best_parameters_survive_an_interruption(tmp_path):
+    whole, model = tiny_model("llama"), tiny_model("llama")
+    settings = too_fast(keep="best", checkpoint_every=1)
+    expected = train(whole, some_windows(), [], settings, validation=some_windows(3))
+
+    class Stop(Exception):
+        pass
+
+    def stop(event):
+        if event.get("step") == 8 and "loss" in event:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(model, some_windows(), [], settings, validation=some_windows(3), state_dir=tmp_path, on_event=stop)
+    model = tiny_model("llama")
+    result = train(model, some_windows(), [], settings, validation=some_windows(3), state_dir=tmp_path)
+    assert result.best_step == expected.best_step < 8
+    assert same(state(model), state(whole))
+
+
+def test_keeping_the_best_needs_something_to_choose_by():
+    with pytest.raises(ShearlingError, match="needs validation windows"):
+        train(tiny_model("llama"), some_windows(), [], too_fast(keep="best"))
+    with pytest.raises(ShearlingError, match="must be last or best"):
+        too_fast(keep="first")

@@ -6,10 +6,19 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from shearling.errors import RecipeError
 
@@ -165,6 +174,18 @@ class _Recover(_Strict):
     #: activations inside a block are computed again in the backward pass instead of kept
     recompute: bool = False
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
+    #: held-out text (its first windows) that is scored every so many steps
+    validation: str | None = None
+    validation_windows: Tokens = 32
+    validate_every: Tokens = 50
+    #: parameters that the stage ends with: the last, or those of the best validation
+    keep: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _chosen_by_validation(self) -> Self:
+        if self.keep == "best" and self.validation is None:
+            raise ValueError("keep = 'best' needs a validation text")
+        return self
 
 
 class LoRA(_Recover):

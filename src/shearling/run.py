@@ -136,7 +136,12 @@ class _Session:
             if recipe.recover is not None:
                 with Usage() as usage:
                     model, trained = self._recover(model, outcome, recipe.recover)
-                content = {"steps": trained.steps, "tokens": trained.tokens, "skipped": trained.skipped}
+                content: dict[str, Any] = {
+                    "steps": trained.steps,
+                    "tokens": trained.tokens,
+                    "skipped": trained.skipped,
+                    "best_step": trained.best_step,
+                }
                 folder.finish("recover", {**content, **usage.to_json(), "seconds": trained.seconds})
                 results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
             made = provenance(recipe, outcome.plan.to_json())
@@ -215,6 +220,8 @@ class _Session:
             log_every=1,
             checkpoint_every=stage.checkpoint_every,
             recompute=stage.recompute,
+            validate_every=stage.validate_every,
+            keep=stage.keep,
             seed=recipe.seed,
         )
         policies: list[Policy] = []
@@ -232,7 +239,12 @@ class _Session:
         def tell(event: dict[str, Any]) -> None:
             self._event({"stage": "recover", "steps": settings.steps, **event})
 
-        result = train(model, text, policies, settings, state_dir=self.folder.state / "train", on_event=tell)
+        held_out = None
+        if stage.validation is not None:
+            wanted = stage.validation_windows * stage.length
+            held_out = windows(corpus_tokens(stage.validation, self.dense[1], max_tokens=wanted), None, stage.length)
+        state = self.folder.state / "train"
+        result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
         if result.stopped:
             raise Interrupted
         return model.to(getattr(torch, recipe.dtype)), result

@@ -36,7 +36,8 @@ class TrainResult:
     """What a run did, over all its sessions.
 
     ``losses`` has the total loss of every step, NaN or infinite where it was ``skipped``; ``stopped`` says that a
-    signal ended the run before its budget; ``edits`` are what the policies' ``finalize`` returned, in order.
+    signal ended the run before its budget; ``edits`` are what the policies' ``finalize`` returned, in order;
+    ``best_step`` is the step whose parameters the model has where the best ones were to be kept.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class TrainResult:
     stopped: bool
     skipped: int = 0
     edits: tuple[Any, ...] = field(default=(), repr=False)
+    best_step: int | None = None
 
 
 def train(
@@ -77,6 +79,8 @@ def train(
     for name, ids in (("windows", windows), ("validation", validation)):
         if ids is not None:
             _check_windows(name, ids, settings, output_head(model).weight.shape[0])
+    if settings.keep == "best" and validation is None:
+        raise ShearlingError("keep='best': needs validation windows to choose by")
     frozen_before = [(p, p.requires_grad) for p in model.parameters()]
     training_before = model.training
     emit = on_event or (lambda event: None)
@@ -112,12 +116,15 @@ def train(
                     for policy in policies:
                         policy.on_eval({"validation_loss": loss})
                     emit({"step": counters.step, "validation_loss": loss})
+                    run.validated(counters, loss)
                 if last or signals.stopped or _due(counters.step, settings.checkpoint_every):
                     run.save(counters)
                     saved = counters.step
             stopped = counters.step < settings.steps
             if stopped and saved < counters.step:
                 run.save(counters)
+            if not stopped:
+                run.take_best()
             edits = tuple(edit for policy in policies for edit in policy.finalize())
     finally:
         for parameter, flag in frozen_before:
@@ -126,7 +133,14 @@ def train(
         model.train(training_before)
     tokens = counters.step * settings.tokens_per_step
     return TrainResult(
-        counters.step, tokens, counters.seconds, tuple(counters.losses), stopped, counters.skipped, edits
+        counters.step,
+        tokens,
+        counters.seconds,
+        tuple(counters.losses),
+        stopped,
+        counters.skipped,
+        edits,
+        counters.best_step,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,11 +35,13 @@ class Counters:
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
     skipped_in_row: int = 0
+    best_step: int | None = None
+    best_loss: float = math.inf
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a step changes or reads."""
+    """Everything that a step changes or reads; ``best`` has the parameters of the best validation, on the CPU."""
 
     model: Any
     optimizers: Optimizers
@@ -47,6 +50,7 @@ class Run:
     settings: TrainSettings
     windows: Tensor
     state_dir: Path | None
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, counters: Counters) -> None:
         """Write a checkpoint, where there is a folder for it."""
@@ -59,6 +63,7 @@ class Run:
             "model": self._tensors(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.all],
             "policies": [policy.state_dict() for policy in self.policies],
+            "best": self.best,
         }
         save_checkpoint(self.state_dir, counters.step, state)
 
@@ -85,8 +90,22 @@ class Run:
         for policy, content in zip(self.policies, state["policies"], strict=True):
             policy.load_state_dict(content)
         self.sampler.load_state_dict(state["sampler"])
+        self.best.update(state["best"])
         emit({"step": step, "resumed": True})
         return Counters(**state["counters"])
+
+    def validated(self, counters: Counters, loss: float) -> None:
+        """Remember the parameters where the validation loss is the lowest so far and the run is to end with them."""
+        if self.settings.keep == "best" and loss < counters.best_loss:
+            counters.best_step, counters.best_loss = counters.step, loss
+            self.best.update({name: t.detach().cpu().clone() for name, t in self._tensors().items()})
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Give the model the remembered parameters, where there are some."""
+        for name, tensor in self._tensors().items():
+            if name in self.best:
+                tensor.copy_(self.best[name])
 
     def _tensors(self) -> dict[str, Tensor]:
         """Trained parameters and saved buffers (masks among them) of the model, by name."""

@@ -21,7 +21,8 @@ class TrainSettings:
     gradient norm (None: no bound). ``autocast`` None means bfloat16 on CUDA and none elsewhere.
     ``checkpoint_every`` and ``validate_every`` count steps; 0 means at the end only. ``cross_entropy`` weighs the
     next-token loss; at 0 it is not computed and policies must bring a loss. With ``recompute`` activations inside a
-    block are computed again in the backward pass instead of kept.
+    block are computed again in the backward pass instead of kept. ``keep`` says which parameters a run ends with:
+    the last, or those of the best validation.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class TrainSettings:
     autocast: torch.dtype | None = None
     cross_entropy: float = 1.0
     recompute: bool = False
+    keep: Literal["last", "best"] = "last"
     log_every: int = 10
     checkpoint_every: int = 0
     validate_every: int = 0
@@ -56,6 +58,8 @@ class TrainSettings:
             raise ShearlingError(f"clip={self.clip}: must be above 0, or None for no clipping")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ShearlingError(f"schedule={self.schedule!r}: must be cosine, linear or constant")
+        if self.keep not in ("last", "best"):
+            raise ShearlingError(f"keep={self.keep!r}: must be last or best")
         if not 0 <= self.min_ratio <= 1:
             raise ShearlingError(f"min_ratio={self.min_ratio}: must lie in 0 to 1")
 
