@@ -99,6 +99,18 @@ def test_masks_without_a_recipe(tmp_path: Path, command: Any) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_recipe_recovers_on_packed_text(tmp_path: Path, command: Any) -> None:
+    recipe, shards = make_recipe(tmp_path), tmp_path / "shards"
+    code, said, err = command("pack", tmp_path / "recovery.txt", "--model", tmp_path / "dense", "--out", shards)
+    assert code == 0, err
+    assert "tokens in 1 shards" in said
+    code, _, err = command("run", recipe, "--out", tmp_path / "packed", "--set", f"recover.text={shards}")
+    assert code == 0, err
+    found = json.loads((tmp_path / "packed" / "metrics.json").read_text())
+    assert found["recovered"]["perplexity"] < found["pruned"]["perplexity"]
+    refused(command("pack", tmp_path / "recovery.txt", "--model", tmp_path / "dense", "--out", shards), "is not empty")
+
+
 def test_run_plan_report(tmp_path: Path, command: Any) -> None:
     recipe, out = make_recipe(tmp_path), tmp_path / "out"
     code, planned, _ = command("plan", recipe, "--json")

@@ -166,6 +166,22 @@ def evaluate(
 
 
 @app.command()
+def pack(
+    text: Annotated[str, typer.Argument(help="text to tokenise: a file, a folder, a hub data set")],
+    model: Annotated[str, typer.Option(help="whose tokenizer")],
+    out: Annotated[Path, typer.Option(help="new folder for the shards")],
+    max_tokens: Annotated[int | None, typer.Option(help="at most so many")] = None,
+) -> None:
+    """Tokenise a corpus once into shards, which a recipe's text may name."""
+    with _working("the folder is unfinished: remove it"):
+        from shearling.data import pack as carry_out
+        from shearling.models import load_tokenizer
+
+        packed = carry_out(text, load_tokenizer(model), out, max_tokens=max_tokens)
+    typer.echo(f"{packed.tokens} tokens in {len(packed.files)} shards: {out}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="run directory", metavar="DIR")]) -> None:
     """Write the HTML page of a run again."""
     from shearling.report import write_report

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.card import model_card, provenance, versions
-from shearling.data import corpus_tokens, windows
+from shearling.data import PackedTokens, Windows, corpus_tokens, is_packed, windows
 from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
 from shearling.export import save_model
@@ -207,8 +207,12 @@ class _Session:
 
     def _recover(self, model: Any, outcome: Outcome, stage: LoRA | Full) -> tuple[Any, TrainResult]:
         recipe = self.recipe
-        tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
-        text = windows(tokens, None, stage.length, seed=recipe.seed)
+        text: Tensor | Windows
+        if is_packed(Path(stage.text)):
+            text = PackedTokens(Path(stage.text)).windows(stage.length)
+        else:
+            tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
+            text = windows(tokens, None, stage.length, seed=recipe.seed)
         settings = TrainSettings(
             tokens=stage.tokens,
             length=stage.length,

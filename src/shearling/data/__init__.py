@@ -1,7 +1,20 @@
 """Text in, windows of tokens out."""
 
 from shearling.data.sampled import sampled_windows
+from shearling.data.shards import PackedTokens, PackedWindows, is_packed, pack
 from shearling.data.text import corpus_tokens, read_texts
-from shearling.data.windows import tokens_digest, windows
+from shearling.data.windows import MemoryWindows, Windows, tokens_digest, windows
 
-__all__ = ["corpus_tokens", "read_texts", "sampled_windows", "tokens_digest", "windows"]
+__all__ = [
+    "MemoryWindows",
+    "PackedTokens",
+    "PackedWindows",
+    "Windows",
+    "corpus_tokens",
+    "is_packed",
+    "pack",
+    "read_texts",
+    "sampled_windows",
+    "tokens_digest",
+    "windows",
+]

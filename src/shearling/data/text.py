@@ -61,17 +61,23 @@ def corpus_tokens(source: str | Path, tokenizer: Any, *, whole: bool = False, ma
         pieces = [_encode(tokenizer, ["\n\n".join(texts)])[0]]
     else:
         pieces, count = [], 0
-        for group in _groups(read_texts(source), 64):
-            for ids in _encode(tokenizer, group):
-                if ids:
-                    pieces.append([*ids, tokenizer.eos_token_id])
-                    count += len(pieces[-1])
+        for ids in token_documents(source, tokenizer):
+            pieces.append(ids)
+            count += len(ids)
             if max_tokens is not None and count >= max_tokens:
                 break
     flat = [token for piece in pieces for token in piece][:max_tokens]
     if not flat:
         raise ShearlingError(f"text {str(source)!r}: is empty")
     return torch.tensor(flat, dtype=torch.int64)
+
+
+def token_documents(source: str | Path, tokenizer: Any) -> Iterator[list[int]]:
+    """Tokens of each document of a source that has some, the end-of-sequence token after them."""
+    for group in _groups(read_texts(source), 64):
+        for ids in _encode(tokenizer, group):
+            if ids:
+                yield [*ids, tokenizer.eos_token_id]
 
 
 def _prefix(texts: list[str], characters: int) -> list[str]:

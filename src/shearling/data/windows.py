@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,50 @@ def windows(tokens: Tensor, num: int | None, length: int, *, seed: int | None = 
         return stacked[:wanted].clone()
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     return stacked[order[:wanted]]
+
+
+class Windows(Protocol):
+    """Windows [num, length] of tokens, wherever they lie."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Windows [len(indices), length]."""
+        ...
+
+    def token_range(self) -> tuple[int, int]:
+        """Lowest and highest token id."""
+        ...
+
+    def digest(self) -> str:
+        """What tells these windows from others."""
+        ...
+
+
+class MemoryWindows:
+    """Windows that a tensor [num, length] holds."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tokens.shape)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self.tokens[indices]
+
+    def token_range(self) -> tuple[int, int]:
+        return int(self.tokens.min()), int(self.tokens.max())
+
+    def digest(self) -> str:
+        return tokens_digest(self.tokens.long())
 
 
 def tokens_digest(tokens: Tensor) -> str:

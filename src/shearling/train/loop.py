@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
 from shearling.train.events import Clock, report
 from shearling.train.head import hidden_states, output_head
@@ -52,7 +53,7 @@ class TrainResult:
 
 def train(
     model: Any,
-    windows: Tensor,
+    windows: Tensor | Windows,
     policies: Sequence[Policy],
     settings: TrainSettings,
     *,
@@ -61,6 +62,8 @@ def train(
     on_event: OnEvent | None = None,
 ) -> TrainResult:
     """Train a causal language model on windows [n, T] of token ids (``T = settings.length``), in place.
+
+    Windows are a tensor, or ``PackedWindows`` that stay on disk.
 
     ``model`` is a transformers causal language model; policies (see ``Policy``) add losses, parameters and actions.
     ``validation`` [m, T] is scored every ``validate_every`` steps and at the end. With ``state_dir``, checkpoints go
@@ -76,9 +79,11 @@ def train(
     or five steps in a row without a finite loss and gradient.
     """
     device = next(model.parameters()).device
-    for name, ids in (("windows", windows), ("validation", validation)):
-        if ids is not None:
-            _check_windows(name, ids, settings, output_head(model).weight.shape[0])
+    vocab = output_head(model).weight.shape[0]
+    text: Windows = MemoryWindows(windows) if isinstance(windows, Tensor) else windows
+    _check_windows("windows", text, settings, vocab)
+    if validation is not None:
+        _check_windows("validation", MemoryWindows(validation), settings, vocab)
     if settings.keep == "best" and validation is None:
         raise ShearlingError("keep='best': needs validation windows to choose by")
     frozen_before = [(p, p.requires_grad) for p in model.parameters()]
@@ -91,8 +96,8 @@ def train(
             for policy in policies:
                 policy.attach(model, settings)
             optimizers = build_optimizers(model, policies, settings)
-            sampler = WindowSampler(len(windows), settings.seed)
-            run = Run(model, optimizers, sampler, tuple(policies), settings, windows, state_dir)
+            sampler = WindowSampler(len(text), settings.seed)
+            run = Run(model, optimizers, sampler, tuple(policies), settings, text, state_dir)
             counters = run.resume(emit)
             saved = counters.step
             clock = Clock(counters)
@@ -274,13 +279,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_windows(name: str, windows: Tensor, settings: TrainSettings, vocab: int) -> None:
-    if windows.ndim != 2 or not len(windows):
-        raise ShearlingError(
-            f"{name}: shape {tuple(windows.shape)}; must be [windows, tokens] with at least one window"
-        )
-    if windows.shape[1] != settings.length:
-        raise ShearlingError(f"{name}: {windows.shape[1]} tokens a window; length={settings.length} asks for another")
-    low, high = int(windows.min()), int(windows.max())
+def _check_windows(name: str, windows: Windows, settings: TrainSettings, vocab: int) -> None:
+    shape = windows.shape
+    if len(shape) != 2 or not shape[0]:
+        raise ShearlingError(f"{name}: shape {shape}; must be [windows, tokens] with at least one window")
+    if shape[1] != settings.length:
+        raise ShearlingError(f"{name}: {shape[1]} tokens a window; length={settings.length} asks for another")
+    low, high = windows.token_range()
     if low < 0 or high >= vocab:
         raise ShearlingError(f"{name}: token ids {low} to {high}; the model's vocabulary is 0 to {vocab - 1}")

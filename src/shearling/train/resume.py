@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shearling.data import Windows
 from shearling.errors import ShearlingError
 from shearling.train.checkpoint import load_checkpoint, save_checkpoint
 from shearling.train.optimizers import Optimizers
@@ -48,7 +49,7 @@ class Run:
     sampler: WindowSampler
     policies: tuple[Policy, ...]
     settings: TrainSettings
-    windows: Tensor
+    windows: Windows
     state_dir: Path | None
     best: dict[str, Tensor] = field(default_factory=dict)
 
@@ -123,7 +124,7 @@ class Run:
             **{name: str(value) for name, value in settings.items()},
             "policies": ", ".join(type(policy).__name__ for policy in self.policies),
             "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest(),
-            "windows": _digest(self.windows),
+            "windows": self.windows.digest(),
         }
 
     def _check(self, saved: dict[str, Any]) -> None:
@@ -133,8 +134,3 @@ class Run:
                     f"{self.state_dir}: holds a run with {name}={saved.get(name)}, this one has {value}; "
                     "use another folder, or delete this one to start anew"
                 )
-
-
-def _digest(windows: Tensor) -> str:
-    content = windows.cpu().long().contiguous()
-    return hashlib.sha256(repr(tuple(content.shape)).encode() + content.numpy().tobytes()).hexdigest()
