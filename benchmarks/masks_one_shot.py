@@ -2,8 +2,8 @@
 
     python benchmarks/masks_one_shot.py --data DIR [--json FILE] [--quick]
 
-All methods see the same calibration tokens: 64 windows of 2048, equal parts of the ``corpus/*.train`` domains. Scored on
-WikiText-2 test and the held-out corpora, in windows of 2048.
+All methods see the same calibration tokens: 64 windows of 2048, equal parts of the ``corpus/*.train`` domains. They are
+scored on WikiText-2 test and the held-out corpora, in windows of 2048.
 """
 
 from __future__ import annotations
