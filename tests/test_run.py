@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shearling
 from shearling.errors import ShearlingError
 from shearling.recipe import Recipe, load_recipe, parse_recipe
-from shearling.run import run
+from shearling.run import cut, run
 from tests.tiny import tiny_folder, tiny_tokens
 
 WORDS = "the sheep stood on the hill and the wind went over the grass while the shearer counted them one by one. "
@@ -98,6 +99,18 @@ def test_the_saved_model_is_the_one_that_was_scored(recipe: Recipe, tmp_path: Pa
     tokens = shearling.corpus_tokens(tmp_path / "evaluation.txt", tokenizer, whole=True)
     found = shearling.perplexity(model, tokens, context=32, stride=32)
     assert found.value == pytest.approx(metrics["recovered"]["perplexity"], rel=1e-6)
+
+
+def test_streaming_changes_where_weights_lie_and_nothing_else(recipe: Recipe, tmp_path: Path) -> None:
+    streamed = load_recipe(tmp_path / "recipe.yaml", ["calibration.stream=true"])
+    expected = run(recipe, tmp_path / "resident")
+    assert comparable(run(streamed, tmp_path / "streamed")) == comparable(expected)
+    cut(streamed, tmp_path / "cut")
+    ours = load_file(tmp_path / "cut" / "model.safetensors")
+    cut(recipe, tmp_path / "plain")
+    theirs = load_file(tmp_path / "plain" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_full_recovery_in_half_precision(tmp_path: Path) -> None:
@@ -184,7 +197,7 @@ DRIVER = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     from shearling.recipe import load_recipe
-    from shearling.run import run
+    from shearling.run import cut, run
 
     stage, key, count, number = sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
 
