@@ -100,7 +100,10 @@ def test_any_shape(family: str, data: st.DataObject) -> None:
     gate_(gated, [Structure(kept)])
     before, inventory = anatomy_of(dense.config), inventory_of(dense)
     after = cut_(cut, [Structure(kept)])
-    torch.testing.assert_close(logits(cut), logits(gated), atol=1e-4, rtol=0)
+    expected = logits(gated)
+    # a norm after a block that is left with one channel magnifies the rounding of sums in another order
+    torch.testing.assert_close(logits(cut), expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
+    torch.testing.assert_close(logits(copy.deepcopy(cut).double()), logits(gated.double()), atol=1e-5, rtol=0)
     predicted = inventory_after(inventory, before, after, kept.get("layers"))
     assert predicted == inventory_of(cut)
     assert sizes(predicted, after).parameters == sum(p.numel() for p in cut.parameters())
