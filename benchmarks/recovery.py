@@ -11,7 +11,6 @@ valid; without it each method uses the one that was best there.
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any
 
 import torch
@@ -71,13 +70,11 @@ def main() -> None:
         settings = TrainSettings(
             tokens=budget, length=length, batch=8 if quick else 32, micro_batch=16 if gpu else 2, learning_rate=rate
         )
-        start = time.perf_counter()
         result = train(candidate, text, policies, settings)
-        seconds = time.perf_counter() - start
         # what the LoRA policy merged, or everything
         branches = [t.numel() for edit in result.edits for t in edit.tensors().values()]
         trained = sum(branches) or sum(p.numel() for p in candidate.parameters())
-        own = {"trained": trained, "budget": result.tokens, "learning_rate": rate, "seconds": seconds}
+        own = {"trained": trained, "budget": result.tokens, "learning_rate": rate, "seconds": result.seconds}
         report_quality(rows, score(candidate, texts, context, batch), method=method, **common, **own)
 
     before, after = outcome.plan.anatomy_before.shapes, outcome.plan.anatomy_after.shapes

@@ -239,7 +239,11 @@ def test_output_without_permission(tmp_path: Path, command: Any) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["shearling.rundir.write_whole", "shearling.plan.files.save_file", "shearling.export.huggingface._name_classes"],
+    [
+        "shearling.plan.files.Path.write_text",
+        "shearling.plan.files.save_file",
+        "shearling.export.huggingface._name_classes",
+    ],
 )
 def test_a_full_disk_is_one_line(tmp_path: Path, command: Any, monkeypatch: Any, place: str) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:

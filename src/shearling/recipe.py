@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -132,6 +133,13 @@ class Baseline(_Prune):
     method: Literal["wanda-sp", "flap", "magnitude", "random"]
 
 
+def pattern_numbers(text: str) -> tuple[int, int] | None:
+    """N and M of ``"N:M"``, None unless 0 < N < M."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    keep, of = map(int, found.groups()) if found else (0, 0)
+    return (keep, of) if 0 < keep < of else None
+
+
 class Sparsify(_Strict):
     """One-shot masks over all linears of the blocks; no shape changes."""
 
@@ -148,8 +156,7 @@ class Sparsify(_Strict):
     @field_validator("pattern")
     @classmethod
     def _known(cls, value: str) -> str:
-        keep, colon, of = value.partition(":")
-        if value != UNSTRUCTURED and not (colon and keep.isdigit() and of.isdigit() and 0 < int(keep) < int(of)):
+        if value != UNSTRUCTURED and pattern_numbers(value) is None:
             raise ValueError(f"must be N:M with 0 < N < M, such as 2:4, or {UNSTRUCTURED}")
         return value
 

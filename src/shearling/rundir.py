@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from shearling.errors import ShearlingError, unwritable
+from shearling.plan import write_whole
 from shearling.recipe import Recipe
 
 #: keys of a recipe that a resumed run may change, since they leave the result alone
@@ -55,10 +55,7 @@ class RunDir:
         self.write_json(f"state/{stage}.json", content)
 
     def write_json(self, name: str, content: Any) -> None:
-        try:
-            write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise unwritable(self.path / name, error) from error
+        write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def event(self, event: dict[str, Any]) -> None:
         """Append an event to ``metrics.jsonl``."""
@@ -89,16 +86,6 @@ class RunDir:
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
                 file.write_bytes(whole)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _check_same(recorded: Path, recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shearling.data.text import token_documents
 from shearling.errors import ShearlingError, unwritable
+from shearling.plan import write_whole
 
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 24
@@ -46,14 +47,12 @@ def pack(
             name = f"shard-{number:05d}.bin"
             (folder / name).write_bytes(content)
             shards.append({"file": name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()})
-        if not shards:
-            raise ShearlingError(f"text {str(source)!r}: is empty")
-        index = {"format": 1, "dtype": dtype.str, "vocab": vocab, "lowest": low, "highest": high, "shards": shards}
-        unfinished = folder / f".{INDEX}"
-        unfinished.write_text(json.dumps(index, indent=1))
-        unfinished.replace(folder / INDEX)
     except OSError as error:
         raise unwritable(folder, error) from error
+    if not shards:
+        raise ShearlingError(f"text {str(source)!r}: is empty")
+    index = {"format": 1, "dtype": dtype.str, "vocab": vocab, "lowest": low, "highest": high, "shards": shards}
+    write_whole(folder / INDEX, json.dumps(index, indent=1))
     return PackedTokens(folder)
 
 

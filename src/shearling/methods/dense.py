@@ -13,7 +13,7 @@ from shearling.methods.budgets import Settings, share_out
 from shearling.methods.cfsp import block_importance, keep_ratios, reference_widths
 from shearling.methods.heads import energies, groups_to_remove
 from shearling.methods.obs import eliminate, refit
-from shearling.methods.projections import ATTENTION, FFN, input_first, projection, unit_columns, units, weight_of
+from shearling.methods.projections import ATTENTION, FFN, as_out_in, projection, unit_columns, units, weight_of
 from shearling.plan import Delta, Edit, Structure, inventory_of, round_to_total, unit_parameters
 from shearling.recipe import CFSP, Baseline, CFSPReference
 from shearling.sweep import BlockStatistics, InputStatistics, Walk
@@ -34,7 +34,7 @@ def decide(
     elif isinstance(settings, CFSPReference):
         importance = block_importance(angles)
     all_scores = [_score(walk, layer, block, settings, seed) for layer, block in enumerate(found)]
-    groups = [shape.kv_heads for shape in anatomy.shapes]
+    groups: dict[int, tuple[int, ...]] = {}
     if isinstance(settings, CFSPReference):
         # as released: the share itself, not the whole number of channels that it makes of all
         share = settings.sparsity if settings.of == "ffn" else remove / sum(shape.ffn for shape in anatomy.shapes)
@@ -46,9 +46,7 @@ def decide(
     else:
         widths = share_out(importance, anatomy, remove, settings)
     kept = {f"{FFN}.{layer}": scores.top(all_scores[layer], width) for layer, width in enumerate(widths)}
-    for layer, count in enumerate(groups):
-        if count < anatomy.shapes[layer].kv_heads:
-            kept[f"{ATTENTION}.{layer}"] = scores.top(_energies(walk, layer, found[layer], ATTENTION), count)
+    kept |= {f"{ATTENTION}.{layer}": chosen for layer, chosen in groups.items()}
     values: dict[str, Tensor] = {}
     for layer, block in enumerate(found):
         if isinstance(settings, CFSP) and settings.refit:
@@ -73,7 +71,7 @@ def _refitted(walk: Walk, layer: int, part: str, inputs: InputStatistics, chosen
     _, width = units(anatomy, layer, part)
     columns = unit_columns(torch.tensor(chosen), width).to(walk.device)
     new = refit(gram, weight.double() @ gram, weight, columns, DAMPING).to(weight.dtype).cpu()
-    return new.T.contiguous() if input_first(anatomy) else new
+    return as_out_in(anatomy, new).contiguous()
 
 
 def _compensation(walk: Walk, layer: int, inputs: InputStatistics, chosen: Sequence[int]) -> Tensor:
@@ -94,23 +92,26 @@ def _energies(walk: Walk, layer: int, block: BlockStatistics, part: str) -> Tens
 
 def _widths_and_groups(
     walk: Walk, found: Sequence[BlockStatistics], importance: Sequence[float], remove: int, settings: CFSP
-) -> tuple[list[int], list[int]]:
-    """Channels and KV groups that each block keeps when ``remove`` channels' worth of parameters goes."""
+) -> tuple[list[int], dict[int, tuple[int, ...]]]:
+    """Channels that each block keeps when ``remove`` channels' worth of parameters goes; KV groups where some go."""
     anatomy = walk.anatomy
     channel, group = unit_parameters(inventory_of(walk.model), anatomy, 0)
     cost = group / channel
     full = [shape.ffn + shape.kv_heads * cost for shape in anatomy.shapes]
     gives = [(1 - keep) * size for keep, size in zip(keep_ratios(importance, remove / sum(full)), full, strict=True)]
-    taken = []
+    taken, kept = [], {}
     for layer, block in enumerate(found):
         channels, groups = (_energies(walk, layer, block, part) for part in (FFN, ATTENTION))
-        taken.append(groups_to_remove(channels, groups, gives[layer], cost))
+        number = groups_to_remove(channels, groups, gives[layer], cost)
+        taken.append(number)
+        if number:
+            kept[layer] = scores.top(groups, len(groups) - number)
     ffn = [shape.ffn for shape in anatomy.shapes]
     ideal = [size - give + number * cost for size, give, number in zip(ffn, gives, taken, strict=True)]
     total = sum(ffn) - remove + round(sum(taken) * cost)
     multiple = settings.round_to
     widths = round_to_total(ideal, total, multiple=multiple, low=[multiple] * len(ffn), high=ffn)
-    return widths, [shape.kv_heads - number for shape, number in zip(anatomy.shapes, taken, strict=True)]
+    return widths, kept
 
 
 def output_weight(walk: Walk, layer: int, part: str) -> Tensor:
@@ -138,11 +139,10 @@ def _score(walk: Walk, layer: int, block: BlockStatistics, settings: Settings, s
         case "obs":
             score = _elimination_rank(output_weight(walk, layer, FFN), inputs)
         case _:
-            gates = [_gate_weight(walk, layer, name) for name in anatomy.family.ffn_inputs]
-            channels = anatomy.shapes[layer].ffn
-            score = scores.eq8(
-                output_weight(walk, layer, FFN), inputs, [g for gate in gates for g in gate.split(channels)]
-            )
+            stored = [walk.blocks[layer].get_parameter(f"{name}.weight") for name in anatomy.family.ffn_inputs]
+            # fused matrices hold several, one after the other
+            gates = [g for w in stored for g in as_out_in(anatomy, w).to(walk.device).split(anatomy.shapes[layer].ffn)]
+            score = scores.eq8(output_weight(walk, layer, FFN), inputs, gates)
             score = score * inputs.norm if kind == "eq8xn" else score
     return score.cpu()
 
@@ -156,11 +156,6 @@ def _elimination_rank(down: Tensor, inputs: InputStatistics) -> Tensor:
     score = torch.full((width,), float(width), dtype=torch.float64)
     score[found.order] = torch.arange(width - 1, dtype=torch.float64)
     return score
-
-
-def _gate_weight(walk: Walk, layer: int, name: str) -> Tensor:
-    weight = walk.blocks[layer].get_parameter(f"{name}.weight").detach().to(walk.device)
-    return weight.T if input_first(walk.anatomy) else weight
 
 
 def _reference_multiple(settings: CFSPReference) -> int | None:

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shearling.anatomy import Anatomy, anatomy_of
-from shearling.methods.projections import input_first
+from shearling.anatomy import anatomy_of
+from shearling.methods.projections import as_out_in
 from shearling.methods.reconstruct import reconstruct_
 from shearling.methods.sparsegpt import Sparse, sparsegpt
 from shearling.methods.wanda import wanda_score
-from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_of, plan_of, write_tensors
-from shearling.plan.patterns import UNSTRUCTURED, Pattern, row_mask
-from shearling.recipe import Sparsify
-from shearling.sweep import InputStatistics, Moments, Walk, fingerprint
+from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_of, plan_of
+from shearling.plan.patterns import Pattern, num_kept, row_mask
+from shearling.recipe import UNSTRUCTURED, Sparsify
+from shearling.sweep import InputStatistics, Moments, Store, Walk, block_tensors, fingerprint, take_values_
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -53,9 +52,9 @@ def plan_masks(
     pattern = _pattern(settings)
     # refuses what does not divide
     preview_masks(model, settings)
-    state = None
+    store = Store(None)
     if state_dir is not None:
-        state = state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16]
+        store = Store(state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16])
     sequential, trained = settings.statistics == "sequential", settings.reconstruct is not None
     dense = walk.enter() if trained or not sequential else None
     edited = walk.enter() if trained or sequential else None
@@ -63,11 +62,12 @@ def plan_masks(
     values: dict[str, Tensor] = {}
     for layer in range(len(walk.blocks)):
         start = time.perf_counter()
-        file = None if state is None else state / f"mask-{layer:04d}.safetensors"
+        finished = store.tensors(f"mask-{layer:04d}")
         with walk.on_device(layer) as block:
             stand_in = copy.deepcopy(block)
-            if file is not None and file.exists():
-                own = _restore_(stand_in, file)
+            if finished is not None:
+                take_values_(stand_in, finished)
+                own = {name.removeprefix("mask/"): t for name, t in finished.items() if name.startswith("mask/")}
             else:
                 states = edited if sequential else dense
                 assert states is not None
@@ -79,12 +79,12 @@ def plan_masks(
             if dense is not None:
                 out = torch.empty_like(dense) if trained else dense
                 target = walk.advance(layer, dense, block=block, out=out)
-            if settings.reconstruct is not None and not (file is not None and file.exists()):
-                assert edited is not None and dense is not None and target is not None
-                reconstruct_(walk, layer, stand_in, edited, dense, target, settings.reconstruct, seed, own)
-            if file is not None and not file.exists():
-                stored = {f"value/{name}": p for name, p in stand_in.named_parameters()}
-                write_tensors(stored | {f"mask/{name}": mask for name, mask in own.items()}, file)
+            if finished is None:
+                if settings.reconstruct is not None:
+                    assert edited is not None and dense is not None and target is not None
+                    reconstruct_(walk, layer, stand_in, edited, dense, target, settings.reconstruct, seed, own)
+                beside = {f"mask/{name}": mask for name, mask in own.items()}
+                store.keep_tensors(f"mask-{layer:04d}", block_tensors(stand_in) | beside)
             if edited is not None:
                 walk.advance(layer, edited, block=stand_in)
             dense = target
@@ -107,14 +107,9 @@ def preview_masks(model: Any, settings: Sparsify, name: str = "") -> Plan:
     kept = covered = 0
     for layer in range(anatomy.num_layers):
         for inner in anatomy.family.linears:
-            weight = _as_out_in(anatomy, model.get_parameter(f"{anatomy.path(layer, inner)}.weight"))
+            weight = as_out_in(anatomy, model.get_parameter(f"{anatomy.path(layer, inner)}.weight"))
             outputs, inputs = weight.shape
-            if isinstance(pattern, Pattern):
-                pattern.check(inputs)
-            stays = (
-                inputs - round(pattern * inputs) if isinstance(pattern, float) else inputs * pattern.keep // pattern.of
-            )
-            kept, covered = kept + outputs * stays, covered + outputs * inputs
+            kept, covered = kept + outputs * num_kept(pattern, inputs), covered + outputs * inputs
     plan = plan_of(name, settings.method, anatomy, inventory_of(model), ())
     return replace(plan, masked=Masked(settings.pattern, kept, covered))
 
@@ -149,10 +144,10 @@ def _prune_(
             measured = _measured(walk, layer, stand_in, states, [reader], settings)
         for name in group:
             stored = stand_in.get_parameter(f"{name}.weight")
-            weight = _as_out_in(walk.anatomy, stored)
+            weight = as_out_in(walk.anatomy, stored)
             found = _pruned(weight, measured.get(reader), settings, pattern)
             weight.copy_(found.weight)
-            masks[f"{name}.weight"] = _as_out_in(walk.anatomy, found.mask).contiguous()
+            masks[f"{name}.weight"] = as_out_in(walk.anatomy, found.mask).contiguous()
             damping = max(damping, found.damping)
     return masks, damping
 
@@ -178,17 +173,3 @@ def _measured(
     moments = {name: Moments(gram=settings.method == "sparsegpt") for name in names}
     walk.advance(layer, states, block=block, taps=moments, out=torch.empty_like(states))
     return {name: found.result() for name, found in moments.items()}
-
-
-def _as_out_in(anatomy: Anatomy, stored: Tensor) -> Tensor:
-    """Between the stored orientation and [out, in], as a view; its own inverse."""
-    return stored.detach().T if input_first(anatomy) else stored.detach()
-
-
-@torch.no_grad()
-def _restore_(block: nn.Module, file: Path) -> dict[str, Tensor]:
-    """Take a finished block's values back from disk; returns its masks."""
-    tensors = load_file(file)
-    for name, parameter in block.named_parameters():
-        parameter.copy_(tensors[f"value/{name}"])
-    return {name.removeprefix("mask/"): mask for name, mask in tensors.items() if name.startswith("mask/")}

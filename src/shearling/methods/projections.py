@@ -46,13 +46,13 @@ def unit_columns(chosen: Tensor, width: int) -> Tensor:
 
 def weight_of(block: nn.Module, anatomy: Anatomy, part: str) -> Tensor:
     """The projection's weight as [out, in]."""
-    weight = block.get_parameter(f"{projection(anatomy, part)}.weight").detach()
-    return weight.T if input_first(anatomy) else weight
+    return as_out_in(anatomy, block.get_parameter(f"{projection(anatomy, part)}.weight"))
 
 
-def input_first(anatomy: Anatomy) -> bool:
-    """Whether the family stores its linears as [in, out]."""
-    return anatomy.layout(anatomy.path(0, f"{anatomy.family.ffn_output}.weight"))[0] == ("ffn",)
+def as_out_in(anatomy: Anatomy, stored: Tensor) -> Tensor:
+    """Between a linear's stored orientation and [out, in], as a detached view; its own inverse."""
+    input_first = anatomy.layout(anatomy.path(0, f"{anatomy.family.ffn_output}.weight"))[0] == ("ffn",)
+    return stored.detach().T if input_first else stored.detach()
 
 
 @torch.no_grad()

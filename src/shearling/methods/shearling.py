@@ -14,14 +14,11 @@ what the blocks before it lost. On demand all weights of the cut block are train
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from shearling.anatomy import Anatomy
@@ -39,10 +36,10 @@ from shearling.methods.projections import (
 )
 from shearling.methods.reconstruct import reconstruct_
 from shearling.methods.sensitivity import Harm, spend, survey
-from shearling.plan import Delta, Edit, Structure, shape_after, write_tensors
+from shearling.plan import Delta, Edit, Structure, shape_after
 from shearling.recipe import Shearling
 from shearling.surgery import cut_block_
-from shearling.sweep import Angles, Walk
+from shearling.sweep import Angles, Store, Walk, block_tensors, take_values_
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -56,20 +53,20 @@ def plan_sequential(
     remove: int,
     group_cost: float,
     seed: int = 0,
-    state: Path | None = None,
+    store: Store,
     on_event: OnEvent | None = None,
 ) -> tuple[list[float], list[Edit]]:
     """Block importance and edits; the model is left as it is.
 
     ``remove`` is the budget in channels, ``group_cost`` what a KV group weighs in channels, ``share`` the widths
-    where they are uniform. ``state`` keeps the survey and every finished block.
+    where they are uniform. ``store`` keeps the survey and every finished block.
     """
     anatomy = walk.anatomy
     groups = [shape.kv_heads for shape in anatomy.shapes]
     if settings.uniform:
         widths = share()
     else:
-        harms = _surveyed(walk, probe, settings, state, on_event)
+        harms = _surveyed(walk, probe, settings, store, on_event)
         widths, groups = spend(harms, anatomy, remove, group_cost, settings.round_to)
     dense = walk.enter()
     edited = dense.clone()
@@ -78,7 +75,7 @@ def plan_sequential(
     angles = []
     for layer in range(len(walk.blocks)):
         start = time.perf_counter()
-        file = None if state is None else state / f"cut-{layer:04d}.safetensors"
+        finished = store.tensors(f"cut-{layer:04d}")
         with walk.on_device(layer) as block:
             target, middle = dense_pass(walk, layer, dense, block)
             angle = Angles()
@@ -86,17 +83,15 @@ def plan_sequential(
                 angle(dense[rows], target[rows])
             angles.append(angle.mean)
             stand_in = copy.deepcopy(block)
-            if file is not None and file.exists():
-                own = _restore_(stand_in, layer, anatomy, file)
+            if finished is not None:
+                own = _restore_(stand_in, layer, anatomy, finished)
             else:
                 wish = {ATTENTION: groups[layer], FFN: widths[layer]}
                 own = _cut_(walk, layer, stand_in, wish, edited, target, middle, settings)
                 if settings.reconstruct is not None:
                     reconstruct_(walk, layer, stand_in, edited, dense, target, settings.reconstruct, seed)
-                if file is not None:
-                    stored = {f"value/{name}": p for name, p in stand_in.named_parameters()}
-                    stored |= {f"kept/{space}": torch.tensor(ids, dtype=torch.int32) for space, ids in own.items()}
-                    write_tensors(stored, file)
+                indices = {f"kept/{space}": torch.tensor(ids, dtype=torch.int32) for space, ids in own.items()}
+                store.keep_tensors(f"cut-{layer:04d}", block_tensors(stand_in) | indices)
             walk.advance(layer, edited, block=stand_in)
         kept |= own
         values |= {anatomy.path(layer, name): p.detach().cpu() for name, p in stand_in.named_parameters()}
@@ -139,27 +134,18 @@ def _cut_(
     return kept
 
 
-def _surveyed(walk: Walk, probe: Walk, settings: Shearling, state: Path | None, on_event: OnEvent | None) -> list[Harm]:
-    file = None if state is None else state / "survey.json"
-    if file is not None and file.exists():
-        return [Harm.from_json(harm) for harm in json.loads(file.read_text())]
+def _surveyed(walk: Walk, probe: Walk, settings: Shearling, store: Store, on_event: OnEvent | None) -> list[Harm]:
+    finished = store.content("survey")
+    if finished is not None:
+        return [Harm.from_json(harm) for harm in finished]
     found = survey(walk, probe, damping=settings.damping, heads=settings.heads, on_event=on_event)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([harm.to_json() for harm in found]))
-        unfinished.replace(file)
+    store.keep_content("survey", [harm.to_json() for harm in found])
     return found
 
 
-@torch.no_grad()
-def _restore_(block: nn.Module, layer: int, anatomy: Anatomy, file: Path) -> dict[str, tuple[int, ...]]:
+def _restore_(block: nn.Module, layer: int, anatomy: Anatomy, tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Make a copy of the dense block the cut one that was stored."""
-    with safe_open(file, framework="pt") as stored:
-        names = list(stored.keys())
-        tensors = {name: stored.get_tensor(name) for name in names}
     kept = {name.removeprefix("kept/"): tuple(t.tolist()) for name, t in tensors.items() if name.startswith("kept/")}
     cut_block_(block, layer, anatomy, Structure(kept))
-    for name, parameter in block.named_parameters():
-        parameter.copy_(tensors[f"value/{name}"])
+    take_values_(block, tensors)
     return kept

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shearling.anatomy import anatomy_of
@@ -15,9 +14,9 @@ from shearling.data import sampled_windows
 from shearling.methods.budgets import Settings, channels_to_remove, share_out
 from shearling.methods.dense import decide
 from shearling.methods.shearling import plan_sequential
-from shearling.plan import Outcome, Plan, Structure, inventory_of, plan_of, unit_parameters, write_tensors
+from shearling.plan import Outcome, Plan, Structure, inventory_of, plan_of, unit_parameters
 from shearling.recipe import CFSP, Shearling
-from shearling.sweep import Walk, fingerprint, measure
+from shearling.sweep import Store, Walk, fingerprint, measure
 
 OnEvent = Callable[[dict[str, Any]], None]
 #: sequences, and tokens of each, on which next-token distributions are compared
@@ -46,11 +45,11 @@ def plan_structured(
     budget = channels_to_remove(anatomy, inventory, settings)
     if isinstance(settings, Shearling):
         channel, group = unit_parameters(inventory, anatomy, 0)
-        state = None
+        store = Store(None)
         if state_dir is not None:
-            state = state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16]
+            store = Store(state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16])
         importance, edits = plan_sequential(
-            Walk(model, _with_samples(model, tokens, settings.sampled, seed, state), batch=batch, device=device),
+            Walk(model, _with_samples(model, tokens, settings.sampled, seed, store), batch=batch, device=device),
             # the probes are short, so that all of them pass at once
             Walk(model, tokens[:PROBES, :PROBE_LENGTH], batch=PROBES, device=device),
             settings,
@@ -58,7 +57,7 @@ def plan_structured(
             remove=budget,
             group_cost=group / channel,
             seed=seed,
-            state=state,
+            store=store,
             on_event=on_event,
         )
     else:
@@ -73,20 +72,19 @@ def plan_structured(
     return Outcome(plan_of(name, settings.method, anatomy, inventory, edits, importance), tuple(edits))
 
 
-def _with_samples(model: Any, tokens: Tensor, num: int, seed: int, state: Path | None) -> Tensor:
+def _with_samples(model: Any, tokens: Tensor, num: int, seed: int, store: Store) -> Tensor:
     """Calibration windows and ``num`` that the model writes; kept, since another process might draw others."""
     if num == 0:
         return tokens
-    file = None if state is None else state / "sampled.safetensors"
-    if file is not None and file.exists():
-        return load_file(file)["tokens"].to(tokens.device)
+    finished = store.tensors("sampled")
+    if finished is not None:
+        return finished["tokens"].to(tokens.device)
     # documents lie end to end in windows, so what ends one starts the next
     end = model.config.eos_token_id
     end = end[0] if isinstance(end, list) else int(tokens[0, 0]) if end is None else end
     written = sampled_windows(model, tokens, num, tokens.shape[1], start_token=end, seed=seed)
     both = torch.cat([tokens, written.to(tokens.device)])
-    if file is not None:
-        write_tensors({"tokens": both}, file)
+    store.keep_tensors("sampled", {"tokens": both})
     return both
 
 

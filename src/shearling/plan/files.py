@@ -1,9 +1,11 @@
-"""Edits on disk: one JSON file that orders them, one safetensors file that holds their values."""
+"""Edits on disk: one JSON file that orders them, one safetensors file that holds their values; both written whole."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,14 +18,12 @@ from shearling.plan.edits import KINDS, Edit
 
 def save_edits(edits: Sequence[Edit], folder: Path) -> None:
     """Write edits into a folder; the JSON file comes last, so a folder without it is unfinished."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{position}/{name}": tensor for position, edit in enumerate(edits) for name, tensor in edit.tensors().items()
     }
     write_tensors(tensors, folder / "edits.safetensors")
     index = [{"kind": edit.kind, **edit.meta()} for edit in edits]
-    (folder / "edits.json.tmp").write_text(json.dumps(index))
-    (folder / "edits.json.tmp").replace(folder / "edits.json")
+    write_whole(folder / "edits.json", json.dumps(index))
 
 
 def load_edits(folder: Path) -> tuple[Edit, ...]:
@@ -45,11 +45,27 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str,
 
     Raises ShearlingError where it cannot be written.
     """
-    unfinished = file.with_suffix(".unfinished")
+    with _replacing(file) as unfinished:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, metadata=metadata)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file as ``write_tensors`` writes its own: a reader sees the old content or the new."""
+    with _replacing(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of ``file`` when it is whole and is gone when it is not."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, metadata=metadata)
+        yield unfinished
         unfinished.replace(file)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
         raise unwritable(file, error) from error
+    finally:
+        # where the folder itself could not be made there is nothing to remove
+        with suppress(OSError):
+            unfinished.unlink()

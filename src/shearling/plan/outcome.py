@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from shearling.anatomy import Anatomy
 from shearling.plan.edits import Delta, Edit, Masks, Structure
-from shearling.plan.patterns import UNSTRUCTURED
 from shearling.plan.plan import Masked, Plan
 from shearling.plan.shape import kept_layers, shape_after
 from shearling.plan.sizes import Inventory, TensorSize, inventory_after, sizes
+from shearling.recipe import UNSTRUCTURED
 
 
 @dataclass(frozen=True)

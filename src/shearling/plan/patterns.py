@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shearling.errors import ShearlingError
-
-#: what stands for a pattern where a share of each row stays
-UNSTRUCTURED = "unstructured"
+from shearling.recipe import pattern_numbers
 
 
 @dataclass(frozen=True)
@@ -24,11 +21,10 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """``"2:4"`` and the like; ShearlingError for anything else."""
-        found = re.fullmatch(r"(\d+):(\d+)", text)
-        keep, of = map(int, found.groups()) if found else (0, 0)
-        if not 0 < keep < of:
+        numbers = pattern_numbers(text)
+        if numbers is None:
             raise ShearlingError(f"pattern {text!r}: must be N:M with 0 < N < M, such as 2:4")
-        return cls(keep, of)
+        return cls(*numbers)
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"

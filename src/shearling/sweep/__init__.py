@@ -2,6 +2,7 @@
 
 from shearling.sweep.measure import fingerprint, measure
 from shearling.sweep.statistics import Angles, BlockStatistics, InputStatistics, Moments, add_product_
+from shearling.sweep.store import Store, block_tensors, take_values_
 from shearling.sweep.walk import Walk
 
 __all__ = [
@@ -9,8 +10,11 @@ __all__ = [
     "BlockStatistics",
     "InputStatistics",
     "Moments",
+    "Store",
     "Walk",
     "add_product_",
+    "block_tensors",
     "fingerprint",
     "measure",
+    "take_values_",
 ]
