@@ -2,10 +2,10 @@
 
     python benchmarks/recovery.py --data DIR [--json FILE] [--quick]
 
-One cut model (CFSP with its refit), trained anew by each method on the same windows: equal parts of the ten
+One cut model (CFSP with its refit), trained anew by each method on the same windows: equal parts of the
 ``corpus/*.train`` domains, next-token loss plus the divergence from the dense model. All LoRA rows have equally many
-trainable parameters up to the widths of the blocks. With ``--tune`` several learning rates are scored, on WikiText-2
-valid; without it each method uses the one that was best there.
+trainable parameters up to the widths of the blocks. With ``--tune`` several learning rates are scored instead, on
+WikiText-2 valid.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shearling.surgery import cut_
 from shearling.train import Distillation, Policy, TrainSettings, train
 
 COLUMNS = ["method", "sparsity", "corpus", "perplexity", "trained", "budget", "learning_rate", "seconds", "tokens"]
-#: best of the rates below on WikiText-2 valid, see docs/log.md
+#: not tuned yet; ``--tune`` scores the rates below on WikiText-2 valid
 RATES = {"lora": 2e-3, "full": 6e-4}
 TRIED = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (1e-4, 3e-4, 6e-4, 1e-3)}
 MEAN_RANK = 16
