@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from shearling.evaluate.speed import WARMUP, captured_step
+from shearling.captured import WARMUP
+from shearling.evaluate.speed import captured_step
 from shearling.methods.structured import plan_structured
 from shearling.plan import Delta, Structure
 from shearling.recipe import CFSP, Baseline, Reconstruct, Shearling
@@ -60,11 +61,11 @@ def test_products_of_half_precision_inputs(dtype: torch.dtype) -> None:
 def test_captured_steps_write_the_same_tokens() -> None:
     model = tiny_model("llama", tie_word_embeddings=False).cuda()
     ids = tiny_tokens(2, 12).cuda()
-    graph, token = captured_step(model, ids, 8)
-    for _ in range(8):
-        graph.replay()
+    calls = WARMUP + 9
+    step, token = captured_step(model, ids, calls)
+    for _ in range(calls):
+        step()
     expected = ids
-    # the prompt's own step, the warm-up, the replays; what is captured is not carried out
-    for _ in range(1 + WARMUP + 8):
+    for _ in range(1 + calls):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(token, expected[:, -1:])

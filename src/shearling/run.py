@@ -15,6 +15,7 @@ from shearling.card import model_card, provenance, versions
 from shearling.data import PackedTokens, Windows, corpus_tokens, is_packed, windows
 from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
+from shearling.events import OnEvent
 from shearling.export import save_model
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.stages import plan_stage
@@ -27,7 +28,6 @@ from shearling.surgery import cut_
 from shearling.train import Distillation, Policy, TrainResult, TrainSettings, train
 from shearling.usage import Usage
 
-OnEvent = Callable[[dict[str, Any]], None]
 NEW_TOKENS = 48
 
 

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from shearling.captured import WARMUP, Captured
 from shearling.errors import ShearlingError
 from shearling.evaluate.checks import check_length
 from shearling.evaluate.decode import greedy_step
 from shearling.evaluate.logits import evaluating, vocabulary
-
-#: steps before one is captured
-WARMUP = 3
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,12 @@ def _timed_run(model: PreTrainedModel, ids_BT: Tensor, generate: int, captured: 
     ids_B1, cache = greedy_step(model, ids_BT)
     read = _now(ids_BT.device) - start
     if captured:
-        graph, _ = captured_step(model, ids_BT, generate)
+        step, _ = captured_step(model, ids_BT, WARMUP + 1 + generate)
+        for _ in range(WARMUP + 1):
+            step()
         start = _now(ids_BT.device)
         for _ in range(generate):
-            graph.replay()
+            step()
     else:
         start = _now(ids_BT.device)
         for _ in range(generate):
@@ -101,27 +101,15 @@ def _timed_run(model: PreTrainedModel, ids_BT: Tensor, generate: int, captured: 
     return read, _now(ids_BT.device) - start
 
 
-def captured_step(model: PreTrainedModel, ids_BT: Tensor, generate: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """One greedy step after a prompt as a CUDA graph, and the tokens [B, 1] that each of ``generate`` replays renews.
-
-    The first tokens are spent on warming up.
-    """
-    cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1] + WARMUP + 1 + generate)
+def captured_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Captured, Tensor]:
+    """Greedy steps after a prompt, captured in a CUDA graph, and the tokens [B, 1] that each of ``calls`` renews."""
+    cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1] + calls)
     ids_B1, _ = greedy_step(model, ids_BT, cache)
 
     def step() -> None:
         ids_B1.copy_(greedy_step(model, ids_B1, cache)[0])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph, ids_B1
+    return Captured(step), ids_B1
 
 
 def _now(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shearling.anatomy import anatomy_of
+from shearling.events import OnEvent
 from shearling.methods.projections import as_out_in
 from shearling.methods.reconstruct import reconstruct_
 from shearling.methods.sparsegpt import Sparse, sparsegpt
@@ -25,8 +26,6 @@ from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_
 from shearling.plan.patterns import Pattern, num_kept, row_mask
 from shearling.recipe import UNSTRUCTURED, Sparsify
 from shearling.sweep import InputStatistics, Moments, Store, Walk, block_tensors, fingerprint, take_values_
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 def plan_masks(

@@ -10,13 +10,13 @@ size of y at each token. Inputs from the way between keep the block from learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shearling.captured import Captured
 from shearling.recipe import Reconstruct
 from shearling.sweep import Walk
 
@@ -73,7 +73,7 @@ def reconstruct_(
     draw = _draws(len(edited), walk.batch, generator)
     losses = torch.zeros(settings.steps, device=edited.device)
     with torch.enable_grad(), _fast_products():
-        carry_out = _captured(step) if cuda else step
+        carry_out = Captured(step) if cuda else step
         for index in range(settings.steps):
             rows = next(draw).to(edited.device)
             way = torch.rand(walk.batch, 1, 1, generator=generator).to(edited)
@@ -101,30 +101,6 @@ def _draws(num: int, count: int, generator: torch.Generator) -> Iterator[Tensor]
             left = torch.cat([left, torch.randperm(num, generator=generator)])
         yield left[:count]
         left = left[count:]
-
-
-def _captured(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
-    """The step as a CUDA graph after a few runs: launching its kernels one by one takes longer than they do."""
-    side = torch.cuda.Stream()
-    runs = 0
-    graph: Any = None
-
-    def carry_out() -> None:
-        nonlocal runs, graph
-        runs += 1
-        if runs <= warmup:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-            return
-        if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-        graph.replay()
-
-    return carry_out
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shearling.anatomy import Anatomy
+from shearling.events import OnEvent
 from shearling.methods.cfsp import block_importance
 from shearling.methods.obs import eliminate
 from shearling.methods.projections import (
@@ -40,8 +40,6 @@ from shearling.plan import Delta, Edit, Structure, shape_after
 from shearling.recipe import Shearling
 from shearling.surgery import cut_block_
 from shearling.sweep import Angles, Store, Walk, block_tensors, take_values_
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 def plan_sequential(

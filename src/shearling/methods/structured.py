@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.data import sampled_windows
+from shearling.events import OnEvent
 from shearling.methods.budgets import Settings, channels_to_remove, share_out
 from shearling.methods.dense import decide
 from shearling.methods.shearling import plan_sequential
@@ -18,7 +18,6 @@ from shearling.plan import Outcome, Plan, Structure, inventory_of, plan_of, unit
 from shearling.recipe import CFSP, Shearling
 from shearling.sweep import Store, Walk, fingerprint, measure
 
-OnEvent = Callable[[dict[str, Any]], None]
 #: sequences, and tokens of each, on which next-token distributions are compared
 PROBES, PROBE_LENGTH = 8, 512
 

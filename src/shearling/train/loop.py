@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
+from shearling.events import OnEvent
 from shearling.train.events import Clock, report
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
@@ -28,8 +29,6 @@ from shearling.train.signals import StopSignals
 
 #: steps without a finite loss and gradient, in a row, after which training is given up
 MAX_SKIPPED = 5
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
