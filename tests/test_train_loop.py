@@ -18,6 +18,7 @@ from shearling.methods.ig_lora import LoRAPolicy
 from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, train
 from shearling.train.loop import validation_loss
 from shearling.train.sampler import WindowSampler
+from shearling.train.world import World
 from tests.tiny import VOCAB, tiny_model, tiny_tokens
 
 LENGTH = 12
@@ -420,8 +421,8 @@ def test_events_tell_the_run():
 
 def test_validation_leaves_the_training_mode():
     model = tiny_model("gpt2").train()
-    first = validation_loss(model, some_windows(), some_settings())
-    assert model.training and validation_loss(model, some_windows(), some_settings()) == first
+    first = validation_loss(model, some_windows(), some_settings(), World())
+    assert model.training and validation_loss(model, some_windows(), some_settings(), World()) == first
 
 
 def test_progress_shows_events():
@@ -527,10 +528,10 @@ def test_the_best_parameters_by_validation_are_kept(lora):
     result = train(model, some_windows(), policies(model), settings, validation=held_out, on_event=events.append)
     losses = {event["step"]: event["validation_loss"] for event in events if "validation_loss" in event}
     assert result.best_step == min(losses, key=losses.get) < 8
-    assert validation_loss(model, held_out, settings) == pytest.approx(losses[result.best_step], rel=1e-5)
+    assert validation_loss(model, held_out, settings, World()) == pytest.approx(losses[result.best_step], rel=1e-5)
     last = tiny_model("llama")
     assert train(last, some_windows(), policies(last), too_fast(), validation=held_out).best_step is None
-    assert validation_loss(last, held_out, settings) == pytest.approx(losses[8], rel=1e-5)
+    assert validation_loss(last, held_out, settings, World()) == pytest.approx(losses[8], rel=1e-5)
 
 
 def test_the_best_parameters_survive_an_interruption(tmp_path):

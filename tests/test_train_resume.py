@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from shearling.errors import ShearlingError
 from shearling.methods.ig_lora import LoRAPolicy
 from shearling.nn import EffectiveLinear, MaskTransform, unwrap_, wrap_
 from shearling.train import Policy, TrainSettings, train
-from shearling.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from shearling.train.checkpoint import Checkpoints, checkpoints
+from shearling.train.world import World
 from tests.tiny import tiny_model, tiny_tokens
 
 LENGTH = 12
@@ -159,9 +161,10 @@ kind, folder, at, where = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-save_file = checkpoint.save_file
-def half(tensors, path):
-    save_file(tensors, path)
+write = checkpoint._write
+def half(tensors, writer, world):
+    write(tensors, writer, world)
+    path = next(Path(writer.path).glob("*.distcp"))
     os.truncate(path, os.path.getsize(path) // 2)
     kill()
 
@@ -169,7 +172,7 @@ def on_event(event):
     if event["step"] == at:
         if where == "step":
             kill()
-        checkpoint.save_file = half
+        checkpoint._write = half
 
 start(kind, folder, on_event)
 """
@@ -204,7 +207,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 def test_an_unreadable_checkpoint_is_passed_over(damage, tmp_path):
     undisturbed = start("full", tmp_path)
     newest = checkpoints(tmp_path)[-1]
-    tensors, state = newest / "tensors.safetensors", newest / "state.json"
+    tensors, state = next(newest.glob("*.distcp")), newest / "state.json"
     if damage == "no tensors":
         tensors.unlink()
     else:
@@ -241,13 +244,13 @@ def test_other_windows_policies_or_shapes_are_refused(tmp_path):
 
 
 def test_a_disk_that_refuses_loses_no_earlier_checkpoint(tmp_path, monkeypatch):
-    def full(tensors, path):
-        Path(path).write_bytes(b"half")
+    def full(tensors, writer, world):
+        (Path(writer.path) / "__0_0.distcp").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     def fill(event):
         if event["step"] == 5:
-            monkeypatch.setattr("shearling.train.checkpoint.save_file", full)
+            monkeypatch.setattr("shearling.train.checkpoint._write", full)
 
     with pytest.raises(ShearlingError, match="step-000000005.*No space left"):
         start("full", tmp_path, fill)
@@ -256,27 +259,66 @@ def test_a_disk_that_refuses_loses_no_earlier_checkpoint(tmp_path, monkeypatch):
     assert_same_run(start("full", tmp_path), start("full", None))
 
 
-def test_checkpoints_hold_any_tree_and_only_two_are_kept(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_checkpoints_hold_any_tree_and_only_two_are_kept(background, tmp_path):
     base = torch.arange(12.0).view(3, 4)
     state = {
         "view": base[:, 1], "base": base, "flags": torch.tensor([True, False]), "half": base.bfloat16(),
         "scalar": torch.tensor(3), 7: (1, [2.5, "x", None, True]), "empty": {}, "nan": float("inf"),
+        "nested": [{"a/b": torch.tensor([1.5])}, (torch.zeros(0),)],
     }  # fmt: skip
+    store = Checkpoints(tmp_path, background=background)
     for step in (1, 2, 10):
-        save_checkpoint(tmp_path, step, state)
+        store.save(step, state)
+    store.wait()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000000002", "step-000000010"]
-    loaded, broken = load_checkpoint(tmp_path)
-    assert broken == [] and loaded is not None and loaded.keys() == state.keys()
+    stored, broken = store.newest()
+    assert broken == [] and stored is not None
+    loaded = stored.load(World())
+    assert loaded.keys() == state.keys()
+    assert torch.equal(loaded["nested"][0]["a/b"], torch.tensor([1.5])) and loaded["nested"][1][0].numel() == 0
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(loaded[key], value) and loaded[key].dtype == value.dtype
-        else:
+        elif key != "nested":
             assert loaded[key] == value and type(loaded[key]) is type(value)
     with pytest.raises(TypeError, match="Policy"):
-        save_checkpoint(tmp_path, 11, {"code": Policy()})
+        store.save(11, {"code": Policy()})
     shutil.rmtree(tmp_path / "step-000000010")
-    assert load_checkpoint(tmp_path)[0] is not None
+    assert store.newest()[0] is not None
+
+
+def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(1, {"few": torch.zeros(1_000_000)[:10]})
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 100_000
+
+
+def test_background_failures_come_with_the_next_call(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path, background=True)
+    store.save(1, {"a": torch.zeros(3)})
+    store.wait()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "_publish", full)
+    store.save(2, {"a": torch.zeros(3)})
+    with pytest.raises(ShearlingError, match="step-000000002.*No space left"):
+        store.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_an_index_with_foreign_classes_is_not_loaded(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(1, {"a": torch.zeros(3)})
+    index = tmp_path / "step-000000001" / ".metadata"
+    size = index.stat().st_size
+    harmful = pickle.dumps(Path)
+    # of the same length, so that the size does not give it away
+    index.write_bytes(harmful + b"\0" * (size - len(harmful)))
+    assert store.newest() == (None, [tmp_path / "step-000000001"])
 
 
 def test_no_folder_no_checkpoint(tmp_path):
-    assert load_checkpoint(tmp_path / "none") == (None, [])
+    assert Checkpoints(tmp_path / "none").newest() == (None, [])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
+from shearling.train.checkpoint import Checkpoints
 from shearling.train.events import Clock, report
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
@@ -25,7 +26,9 @@ from shearling.train.recompute import recomputed
 from shearling.train.resume import Counters, Run
 from shearling.train.sampler import WindowSampler, derived_seed
 from shearling.train.settings import TrainSettings
+from shearling.train.shard import Sharding, within
 from shearling.train.signals import StopSignals
+from shearling.train.world import World, average_whole_, clip_, join, total_norm
 
 #: steps without a finite loss and gradient, in a row, after which training is given up
 MAX_SKIPPED = 5
@@ -85,7 +88,10 @@ def train(
         _check_windows("validation", MemoryWindows(validation), settings, vocab)
     if settings.keep == "best" and validation is None:
         raise ShearlingError("keep='best': needs validation windows to choose by")
-    frozen_before = [(p, p.requires_grad) for p in model.parameters()]
+    world = join()
+    if settings.batch % world.size:
+        raise ShearlingError(f"batch={settings.batch}: must be a multiple of the {world.size} processes")
+    frozen_before = {name: p.requires_grad for name, p in model.named_parameters()}
     training_before = model.training
     emit = on_event or (lambda event: None)
     cuda = [device] if device.type == "cuda" else []
@@ -94,15 +100,18 @@ def train(
             torch.manual_seed(derived_seed(settings.seed, "attach"))
             for policy in policies:
                 policy.attach(model, settings)
+            sharding = Sharding(model, world, _compute_type(device, settings))
             optimizers = build_optimizers(model, policies, settings)
             sampler = WindowSampler(len(text), settings.seed)
-            run = Run(model, optimizers, sampler, tuple(policies), settings, text, state_dir)
+            background = device.type == "cuda"
+            checkpoints = None if state_dir is None else Checkpoints(state_dir, world, background=background)
+            run = Run(model, optimizers, sampler, tuple(policies), settings, text, checkpoints, world)
             counters = run.resume(emit)
-            saved = counters.step
             clock = Clock(counters)
             model.train()
             stack.enter_context(recomputed(model) if settings.recompute else nullcontext())
-            while counters.step < settings.steps and not signals.stopped:
+            stopping = world.any(signals.stopped)
+            while counters.step < settings.steps and not stopping:
                 event = _step(run, counters, device, emit)
                 clock.tick(counters)
                 last = counters.step == settings.steps
@@ -116,23 +125,25 @@ def train(
                         f"lower the learning rate (now {settings.learning_rate:g}) or use a wider dtype"
                     )
                 if validation is not None and (last or _due(counters.step, settings.validate_every)):
-                    loss = validation_loss(model, validation, settings)
+                    loss = validation_loss(model, validation, settings, world)
                     for policy in policies:
                         policy.on_eval({"validation_loss": loss})
                     emit({"step": counters.step, "validation_loss": loss})
                     run.validated(counters, loss)
-                if last or signals.stopped or _due(counters.step, settings.checkpoint_every):
+                # only now, since events may take long and a signal may come to one process alone
+                stopping = world.any(signals.stopped)
+                if last or stopping or _due(counters.step, settings.checkpoint_every):
                     run.save(counters)
-                    saved = counters.step
             stopped = counters.step < settings.steps
-            if stopped and saved < counters.step:
-                run.save(counters)
+            if checkpoints is not None:
+                checkpoints.wait()
             if not stopped:
                 run.take_best()
+            sharding.undo()
             edits = tuple(edit for policy in policies for edit in policy.finalize())
     finally:
-        for parameter, flag in frozen_before:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen_before.get(name, parameter.requires_grad))
             parameter.grad = None
         model.train(training_before)
     tokens = counters.step * settings.tokens_per_step
@@ -149,20 +160,30 @@ def train(
 
 
 @torch.no_grad()
-def validation_loss(model: Any, windows: Tensor, settings: TrainSettings) -> float:
+def validation_loss(model: Any, windows: Tensor, settings: TrainSettings, world: World) -> float:
     """Mean next-token loss (nats) over windows [m, T], in evaluation mode; the training mode is put back."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = 0.0
-    for rows in windows.split(settings.micro_batch):
-        ids = rows.to(device).long()
-        with _autocast(device, settings):
-            weight, bias, softcap = output_head(model)
-            loss = chunked_cross_entropy(hidden_states(model, ids), weight, next_tokens(ids), softcap, bias=bias)
-        total += float(loss) * len(rows)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    # all processes make equally many forward passes, those that have run out of windows over the last one again
+    own = range(world.rank, len(windows), world.size)
+    padded = list(own) + [len(windows) - 1] * (-(-len(windows) // world.size) - len(own))
+    for start in range(0, len(padded), settings.micro_batch):
+        rows = padded[start : start + settings.micro_batch]
+        counted = min(len(rows), max(0, len(own) - start))
+        ids = windows[rows].to(device).long()
+
+        def score(ids: Tensor = ids, counted: int = counted) -> Tensor:
+            with _autocast(device, settings):
+                weight, bias, softcap = output_head(model)
+                labels = next_tokens(ids)
+                labels[counted:] = IGNORE
+                return chunked_cross_entropy(hidden_states(model, ids), weight, labels, softcap, bias=bias)
+
+        total += within(model, score) * counted
     model.train(training)
-    return total / len(windows)
+    return float(world.sum_(total)) / len(windows)
 
 
 def next_tokens(input_ids: Tensor) -> Tensor:
@@ -175,14 +196,14 @@ def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> 
     settings, optimizers, policies = run.settings, run.optimizers, run.policies
     step = counters.step
     rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", step))
-    ids = run.windows[run.sampler.take(settings.batch)].to(device).long()
+    ids = run.windows[run.world.share(run.sampler.take(settings.batch))].to(device).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
     for policy in policies:
         policy.begin_step(step, rng)
     ctx, loss = _gradients(run, counters, ids, rate, emit)
-    gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    average_whole_(run.world, optimizers.parameters)
+    norm = total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
     counters.step += 1
     counters.losses.append(loss_value)
@@ -194,7 +215,7 @@ def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> 
         return {**event, "warning": f"the {what} is not finite; the step was skipped", "skipped": counters.skipped}
     counters.skipped_in_row = 0
     if settings.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(optimizers.parameters, settings.clip, norm)
+        clip_(optimizers.parameters, settings.clip, norm)
     for policy in policies:
         policy.after_backward(ctx)
     optimizers.step()
@@ -208,21 +229,28 @@ def _gradients(run: Run, counters: Counters, ids: Tensor, rate: float, emit: OnE
     settings = run.settings
     while True:
         # seeded anew each step, so that resuming needs no generator's state
-        torch.manual_seed(derived_seed(settings.seed, "step", counters.step))
+        torch.manual_seed(derived_seed(settings.seed, "step", counters.step, *run.world.beside))
         run.optimizers.zero_grad()
         ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, next_tokens(ids))
         try:
-            return ctx, _backward(ctx, run.policies, settings, ids, counters.micro_batch)
+            loss = _backward(ctx, run.policies, settings, ids, counters.micro_batch)
+            return ctx, run.world.mean_(loss)
         except torch.OutOfMemoryError as error:
-            _take_less(counters, settings, emit, error)
+            _take_less(counters, run, emit, error)
         # out of the handler, where the error held on to the activations
         del ctx
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _take_less(counters: Counters, settings: TrainSettings, emit: OnEvent, error: torch.OutOfMemoryError) -> None:
-    """Halve the micro-batch, and say so; ShearlingError where it is one window already."""
+def _take_less(counters: Counters, run: Run, emit: OnEvent, error: torch.OutOfMemoryError) -> None:
+    """Halve the micro-batch, and say so; ShearlingError where it is one window already, or other processes wait."""
+    settings = run.settings
+    if run.world.size > 1:
+        raise ShearlingError(
+            f"step {counters.step + 1}: process {run.world.rank} is out of memory; give a micro_batch below "
+            f"{counters.micro_batch}, or recompute activations, and resume"
+        ) from error
     if counters.micro_batch == 1:
         raise ShearlingError(
             f"step {counters.step + 1}: out of memory with one window of {settings.length} tokens at a time; shorten "
@@ -246,17 +274,7 @@ def _backward(
     for rows in ids.split(micro_batch):
         share = len(rows) / len(ids)
         ctx.input_ids, ctx.labels = rows, next_tokens(rows)
-        with _autocast(ctx.device, settings):
-            ctx.hidden = hidden_states(ctx.model, rows)
-            terms: dict[str, Tensor] = {}
-            if settings.cross_entropy:
-                weight, bias, softcap = output_head(ctx.model)
-                entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
-                terms["cross_entropy"] = settings.cross_entropy * entropy
-            for policy in policies:
-                for name, term in policy.loss_terms(ctx).items():
-                    assert name not in terms, f"two losses are called {name}"
-                    terms[name] = term
+        terms = within(ctx.model, lambda: _loss_terms(ctx, policies, settings))
         ctx.hidden = None
         if not terms:
             raise ShearlingError("cross_entropy=0 and no policy adds a loss: nothing to train on")
@@ -269,9 +287,31 @@ def _backward(
     return total
 
 
-def _autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+def _loss_terms(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings) -> dict[str, Tensor]:
+    """Run the model on the context's windows; its losses by name."""
+    terms: dict[str, Tensor] = {}
+    with _autocast(ctx.device, settings):
+        ctx.hidden = hidden_states(ctx.model, ctx.input_ids)
+        if settings.cross_entropy:
+            weight, bias, softcap = output_head(ctx.model)
+            entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
+            terms["cross_entropy"] = settings.cross_entropy * entropy
+        for policy in policies:
+            for name, term in policy.loss_terms(ctx).items():
+                assert name not in terms, f"two losses are called {name}"
+                terms[name] = term
+    return terms
+
+
+def _compute_type(device: torch.device, settings: TrainSettings) -> torch.dtype | None:
+    """The type of products, None where it is the parameters' own."""
     dtype = settings.autocast or (torch.bfloat16 if device.type == "cuda" else None)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
+    return None if dtype == torch.float32 else dtype
+
+
+def _autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    dtype = _compute_type(device, settings)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _due(step: int, every: int) -> bool:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from shearling.data import Windows
 from shearling.errors import ShearlingError
-from shearling.train.checkpoint import load_checkpoint, save_checkpoint
+from shearling.train.checkpoint import Checkpoints, Place
 from shearling.train.optimizers import Optimizers
 from shearling.train.policy import Policy
 from shearling.train.sampler import WindowSampler
 from shearling.train.settings import TrainSettings
+from shearling.train.world import World
 
 #: settings that a resumed run may change, since they leave the parameters alone
 _FREE = ("log_every", "checkpoint_every", "recompute")
@@ -50,12 +51,13 @@ class Run:
     policies: tuple[Policy, ...]
     settings: TrainSettings
     windows: Windows
-    state_dir: Path | None
+    checkpoints: Checkpoints | None
+    world: World
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, counters: Counters) -> None:
         """Write a checkpoint, where there is a folder for it."""
-        if self.state_dir is None:
+        if self.checkpoints is None:
             return
         state = {
             "run": self._fingerprint(),
@@ -66,7 +68,7 @@ class Run:
             "policies": [policy.state_dict() for policy in self.policies],
             "best": self.best,
         }
-        save_checkpoint(self.state_dir, counters.step, state)
+        self.checkpoints.save(counters.step, state)
 
     @torch.no_grad()
     def resume(self, emit: Callable[[dict[str, Any]], None]) -> Counters:
@@ -74,18 +76,18 @@ class Run:
 
         Raises ShearlingError when the checkpoint is of another run.
         """
-        if self.state_dir is None:
+        if self.checkpoints is None:
             return Counters(self.settings.micro_batch)
-        state, broken = load_checkpoint(self.state_dir)
-        step = 0 if state is None else state["counters"]["step"]
+        stored, broken = self.checkpoints.newest()
+        step = 0 if stored is None else stored.tree["counters"]["step"]
         for path in broken:
             emit({"step": step, "warning": f"{path}: cannot be read; going on from step {step}"})
-            shutil.rmtree(path)
-        if state is None:
+            if self.world.first:
+                shutil.rmtree(path)
+        if stored is None:
             return Counters(self.settings.micro_batch)
-        self._check(state["run"])
-        for name, tensor in self._tensors().items():
-            tensor.copy_(state["model"][name])
+        self._check(stored.path.parent, stored.tree["run"])
+        state = stored.load(self.world, self._like)
         for optimizer, content in zip(self.optimizers.all, state["optimizers"], strict=True):
             optimizer.load_state_dict(content)
         for policy, content in zip(self.policies, state["policies"], strict=True):
@@ -94,6 +96,19 @@ class Run:
         self.best.update(state["best"])
         emit({"step": step, "resumed": True})
         return Counters(**state["counters"])
+
+    def _like(self, place: Place) -> Tensor | None:
+        """What a tensor of a checkpoint is read into: the model's own, or one that is sharded as its parameter."""
+        match place.keys:
+            case ("model", name):
+                return self._tensors()[name]
+            case ("best", name):
+                return torch.empty_like(self._tensors()[name], device="cpu")
+            case ("optimizers", number, "state", index, _):
+                groups = self.optimizers.all[number].param_groups
+                parameter = [p for group in groups for p in group["params"]][index].detach()
+                return torch.empty_like(parameter) if place.shape == parameter.shape else None
+        return None
 
     def validated(self, counters: Counters, loss: float) -> None:
         """Remember the parameters where the validation loss is the lowest so far and the run is to end with them."""
@@ -127,10 +142,10 @@ class Run:
             "windows": self.windows.digest(),
         }
 
-    def _check(self, saved: dict[str, Any]) -> None:
+    def _check(self, folder: Path, saved: dict[str, Any]) -> None:
         for name, value in self._fingerprint().items():
             if saved.get(name) != value:
                 raise ShearlingError(
-                    f"{self.state_dir}: holds a run with {name}={saved.get(name)}, this one has {value}; "
+                    f"{folder}: holds a run with {name}={saved.get(name)}, this one has {value}; "
                     "use another folder, or delete this one to start anew"
                 )

@@ -1,0 +1,69 @@
+"""Several processes do what one does: gloo on the CPU, started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.world_child import KINDS, carry_out
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(ROOT / "tests" / "world_child.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def result(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    for name in ("losses", "scores"):
+        torch.testing.assert_close(torch.tensor(one[name]), torch.tensor(other[name]), rtol=0, atol=tolerance)
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(tensor, other["model"][name], rtol=0, atol=10 * tolerance)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("twins") / "two.pt"
+    done = launch(out, *KINDS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return result(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_follow_one(kind: str, twins: dict[str, Any]) -> None:
+    alone = carry_out(kind)
+    assert len(alone["losses"]) == 10 and len(alone["scores"]) == 3
+    assert_same(twins[kind], alone, 1e-4)
+
+
+def test_a_killed_pair_resumes_as_a_pair_to_the_bit_and_alone_within_tolerance(
+    tmp_path: Path, twins: dict[str, Any]
+) -> None:
+    state = tmp_path / "state"
+    struck = launch(tmp_path / "none", "distillation", "--state", state, "--kill", 6)
+    assert struck.returncode != 0 and not (tmp_path / "none").exists()
+    steps = [int(path.name.removeprefix("step-")) for path in state.glob("step-*")]
+    assert steps and max(steps) in (4, 5)
+    alone = tmp_path / "alone"
+    subprocess.run(["cp", "-r", state, alone], check=True)
+    resumed = launch(tmp_path / "two.pt", "distillation", "--state", state)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    again, undisturbed = result(tmp_path / "two.pt")["distillation"], twins["distillation"]
+    assert again["losses"] == undisturbed["losses"]
+    for name, tensor in undisturbed["model"].items():
+        assert torch.equal(again["model"][name], tensor), name
+    single = carry_out("distillation", alone)
+    assert_same(single | {"scores": undisturbed["scores"]}, undisturbed, 1e-4)

@@ -1,0 +1,75 @@
+"""Trains tiny models in every process that torchrun starts; the first one writes what came of it.
+
+torchrun ... tests/world_child.py OUT KIND [KIND ...] [--state DIR] [--kill STEP]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shearling.anatomy import anatomy_of
+from shearling.methods.ig_lora import LoRAPolicy
+from shearling.train import Distillation, Policy, TrainSettings, train
+from tests.test_train_resume import Masks
+from tests.tiny import tiny_model, tiny_tokens
+
+LENGTH = 16
+SETTINGS = TrainSettings(
+    tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
+    validate_every=4,
+)  # fmt: skip
+KINDS = ("entropy", "distillation", "lora", "masks", "untied")
+
+
+def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
+    """Train; losses, validation losses and every tensor of the model after it."""
+    family = {"lora": "gpt2", "untied": "gemma2"}.get(kind, "llama")
+    # each process would draw dropout of its own
+    model = tiny_model(family, **({"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if family == "gpt2" else {}))
+    policies: list[Policy] = []
+    if kind == "distillation":
+        policies = [Distillation(tiny_model("llama", seed=3))]
+    if kind == "lora":
+        policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
+    if kind == "masks":
+        policies = [Masks()]
+    scores = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if "validation_loss" in event:
+            scores.append(event["validation_loss"])
+        if on_event is not None:
+            on_event(event)
+
+    windows, held_out = tiny_tokens(20, LENGTH, seed=5), tiny_tokens(5, LENGTH, seed=6)
+    result = train(model, windows, policies, SETTINGS, validation=held_out, state_dir=state, on_event=hear)
+    model(windows[:1])  # a stock model again
+    return {"losses": list(result.losses), "scores": scores, "model": dict(model.state_dict())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("kinds", nargs="+")
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--kill", type=int)
+    args = parser.parse_args()
+
+    def strike(event: dict[str, Any]) -> None:
+        if event["step"] == args.kill and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    found = {kind: carry_out(kind, args.state, strike) for kind in args.kinds}
+    if os.environ["RANK"] == "0":
+        torch.save(found, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
