@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,42 @@ def test_a_killed_process_resumes_to_the_bit(kind, where, tmp_path):
     assert events[0] == {"step": 4, "resumed": True}
     assert_same_run(resumed, start(kind, None))
     assert not list(tmp_path.glob(".*"))
+
+
+STRUCK = """
+import os, signal, sys, threading
+from pathlib import Path
+from tests.test_train_resume import LONG, start
+
+def on_event(event):
+    # from the first sign of life, so that the moment does not depend on how long imports take
+    if not timer.is_alive():
+        timer.start()
+
+timer = threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL))
+timer.daemon = True
+start("masks", Path(sys.argv[1]), on_event, LONG)
+"""
+LONG = dataclasses.replace(SETTINGS, tokens=60 * 4 * LENGTH)
+
+
+def test_ten_kills_at_random_moments_change_no_bit(tmp_path):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    moments, ends = random.Random(7), []
+    for _ in range(10):
+        command = [sys.executable, "-c", STRUCK, str(tmp_path), str(moments.uniform(0, 0.2))]
+        ends.append(subprocess.run(command, env=environment, cwd=root, capture_output=True, check=False).returncode)
+    # a quick machine may be done before the last ones
+    assert set(ends) <= {0, -signal.SIGKILL} and ends[0] == -signal.SIGKILL
+    events = []
+    model, result = start("masks", tmp_path, events.append, LONG)
+    assert not [e for e in events if "warning" in e]
+    other, undisturbed = start("masks", None, settings=LONG)
+    assert result.losses == undisturbed.losses and result.edits == undisturbed.edits
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from shearling.recipe import load_recipe
+from shearling.run import run
+from tests.test_run import make_recipe
 from tests.world_child import KINDS, carry_out
 
 ROOT = Path(__file__).parents[1]
 
 
-def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "tests" / "world_child.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCH, str(ROOT / "tests" / "world_child.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def result(path: Path) -> dict[str, Any]:
@@ -58,7 +69,7 @@ def test_a_killed_pair_resumes_as_a_pair_to_the_bit_and_alone_within_tolerance(
     steps = [int(path.name.removeprefix("step-")) for path in state.glob("step-*")]
     assert steps and max(steps) in (4, 5)
     alone = tmp_path / "alone"
-    subprocess.run(["cp", "-r", state, alone], check=True)
+    shutil.copytree(state, alone)
     resumed = launch(tmp_path / "two.pt", "distillation", "--state", state)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     again, undisturbed = result(tmp_path / "two.pt")["distillation"], twins["distillation"]
@@ -67,3 +78,24 @@ def test_a_killed_pair_resumes_as_a_pair_to_the_bit_and_alone_within_tolerance(
         assert torch.equal(again["model"][name], tensor), name
     single = carry_out("distillation", alone)
     assert_same(single | {"scores": undisturbed["scores"]}, undisturbed, 1e-4)
+
+
+def test_a_recipe_under_torchrun_ends_as_in_one_process(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    alone = run(load_recipe(recipe), tmp_path / "alone")
+    command = [*LAUNCH, "-m", "shearling.cli", "run", str(recipe), "--out", str(tmp_path / "pair")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report.html") == 1
+    pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    for stage in ("pruned", "recovered"):
+        assert pair[stage]["perplexity"] == pytest.approx(alone[stage]["perplexity"], rel=1e-4)
+    assert pair["recovered"]["perplexity"] != pair["pruned"]["perplexity"]
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("alone", "pair"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "pair" / "metrics.jsonl").open() if "loss" in line]
+    assert steps == sorted(set(steps))
+    # a finished run is not done again, by as many processes as may come
+    again = subprocess.run([*command, "--resume"], env=environment(), cwd=ROOT, capture_output=True, check=False)
+    assert again.returncode == 0

@@ -45,6 +45,9 @@ def run(
         from shearling.run import run as carry_out
 
         metrics = carry_out(loaded, folder, resume=resume, on_event=narrator)
+    if os.environ.get("RANK", "0") != "0":
+        # one of several processes that torchrun started; the first one speaks
+        return
     from shearling.console import result_table
 
     _print(result_table(metrics))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from shearling.recipe import Evaluation, Full, LoRA, Recipe
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import cut_
-from shearling.train import Distillation, Policy, TrainResult, TrainSettings, train
+from shearling.train import Distillation, Policy, TrainResult, TrainSettings, World, join, train
 from shearling.usage import Usage
 
 NEW_TOKENS = 48
@@ -40,9 +41,14 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
 
     With ``resume`` an unfinished run in ``out`` goes on where it stopped; the result is that of an undisturbed run.
     Raises ShearlingError for unusable input, before anything is written where that can be known, and Interrupted
-    where a signal stopped it.
+    where a signal stopped it. Under ``torchrun`` the processes train together; the first one does everything else.
     """
-    return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event).finish()
+    world = join()
+    if world.first:
+        return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event, world).finish()
+    if world.agree(None):
+        _Session(recipe, RunDir(Path(out), recipe, resume=True), None, world).help()
+    return world.agree(None)
 
 
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
@@ -61,7 +67,9 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
 def device_of(name: str) -> torch.device:
     """The device a recipe names; ``auto`` is the GPU where there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # as torchrun numbers the processes of a machine
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -106,8 +114,8 @@ def evaluate_model(
 class _Session:
     """One process' work on a run: models are loaded and rebuilt when a stage first asks for them."""
 
-    def __init__(self, recipe: Recipe, folder: RunDir, on_event: OnEvent | None) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe, folder: RunDir, on_event: OnEvent | None, world: World) -> None:
+        self.recipe, self.folder, self.world = recipe, folder, world
         self._listener = on_event
         self._dense: tuple[Any, Any] | None = None
 
@@ -115,7 +123,8 @@ class _Session:
         recipe, folder = self.recipe, self.folder
         finished = folder.done("finished")
         if finished is not None:
-            return finished
+            self.world.agree(False)
+            return self.world.agree(finished)
         folder.log(f"run of {recipe.model}")
         results = {"dense": self._stage("dense", lambda: self._evaluate(self.dense[0]))}
         measured = self._stage("measure", self._measure)
@@ -131,9 +140,14 @@ class _Session:
 
         results["pruned"] = self._stage("pruned", lambda: self._evaluate(cut_model(), self.dense[0]))
         steps = {"dense": results["dense"], "measure": measured, "pruned": results["pruned"]}
-        if not (folder.path / "model").exists():
+        unsaved = not (folder.path / "model").exists()
+        training = self.world.agree(unsaved and recipe.recover is not None)
+        if unsaved:
             model = cut_model()
-            if recipe.recover is not None:
+            if training:
+                assert recipe.recover is not None
+                # the others have opened the folder
+                self.world.wait()
                 with Usage() as usage:
                     model, trained = self._recover(model, outcome, recipe.recover)
                 content: dict[str, Any] = {
@@ -159,7 +173,16 @@ class _Session:
         folder.finish("finished", metrics)
         folder.tidy()
         folder.log("finished")
-        return metrics
+        return self.world.agree(metrics)
+
+    def help(self) -> None:
+        """Train along with the first process."""
+        assert self.recipe.recover is not None
+        outcome = self._restore()
+        model = copy.deepcopy(self.dense[0])
+        cut_(model, outcome.edits)
+        self.world.wait()
+        self._recover(model, outcome, self.recipe.recover)
 
     @property
     def dense(self) -> tuple[Any, Any]:
@@ -241,7 +264,8 @@ class _Session:
             policies.append(Distillation(teacher, weight=stage.distill, temperature=temperature, kind=kind))
 
         def tell(event: dict[str, Any]) -> None:
-            self._event({"stage": "recover", "steps": settings.steps, **event})
+            if self.world.first:
+                self._event({"stage": "recover", "steps": settings.steps, **event})
 
         held_out = None
         if stage.validation is not None:

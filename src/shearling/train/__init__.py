@@ -6,6 +6,7 @@ from shearling.train.loss import IGNORE, chunked_cross_entropy, chunked_divergen
 from shearling.train.policy import Policy, StepContext
 from shearling.train.progress import TrainProgress
 from shearling.train.settings import TrainSettings
+from shearling.train.world import World, join
 
 __all__ = [
     "IGNORE",
@@ -15,7 +16,9 @@ __all__ = [
     "TrainProgress",
     "TrainResult",
     "TrainSettings",
+    "World",
     "chunked_cross_entropy",
     "chunked_divergence",
+    "join",
     "train",
 ]
