@@ -11,11 +11,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.methods.ig_lora import LoRAPolicy
+from shearling.plan import Structure
+from shearling.surgery import cut_
 from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, train
+from shearling.train.flops import forward_flops
 from shearling.train.loop import validation_loss
 from shearling.train.sampler import WindowSampler
 from shearling.train.world import World
@@ -559,3 +563,38 @@ def test_keeping_the_best_needs_something_to_choose_by():
         train(tiny_model("llama"), some_windows(), [], too_fast(keep="best"))
     with pytest.raises(ShearlingError, match="must be last or best"):
         too_fast(keep="first")
+
+
+def test_compiled_blocks_train_alike_with_widths_of_their_own():
+    def cut():
+        model = tiny_model("llama")
+        cut_(model, [Structure({"ffn.0": tuple(range(20)), "ffn.2": tuple(range(30))})])
+        return model
+
+    settings = some_settings(recompute=True)
+    eager, fast = cut(), cut()
+    expected = train(eager, some_windows(), [], settings)
+    found = train(fast, some_windows(), [], dataclasses.replace(settings, compile=True))
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert not any("forward" in vars(module) for module in fast.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_forward_flops_are_what_torch_counts(family):
+    length = 24
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, length, dtype=torch.int64))
+    heads = model.config.num_attention_heads * anatomy_of(model.config).head_dim * model.config.num_hidden_layers
+    # torch counts scores and values of all pairs, of which a causal model needs half
+    assert forward_flops(model, length) == counter.get_total_flops() / (2 * length) - 2 * length * heads
+
+
+def test_utilisation_is_reported_where_the_peak_is_known(monkeypatch):
+    monkeypatch.setattr("shearling.train.loop.peak_flops", lambda device, count: 1e12 * count)
+    model, events = tiny_model("llama"), []
+    flops = 3 * forward_flops(model, LENGTH)
+    train(model, some_windows(), [], some_settings(), on_event=events.append)
+    for event in events:
+        assert event["flops_utilisation"] == pytest.approx(event["tokens_per_second"] * flops / 1e12)

@@ -57,6 +57,8 @@ class Narrator:
             self._step(stage, event["done"], event["total"], "")
         elif "loss" in event:
             speed = f"loss {event['loss']:.3f}  lr {event['learning_rate']:.1e}  {event['tokens_per_second']:.0f} tok/s"
+            if "flops_utilisation" in event:
+                speed += f" ({event['flops_utilisation']:.0%} of FLOPs)"
             self._step(stage, event["step"], event["steps"], speed)
 
     def say(self, text: str) -> None:

@@ -180,6 +180,8 @@ class _Recover(_Strict):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     #: activations inside a block are computed again in the backward pass instead of kept
     recompute: bool = False
+    #: torch compiles the blocks: a slow first step, faster ones after it
+    compile: bool = False
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
     #: held-out text (its first windows) that is scored every so many steps
     validation: str | None = None

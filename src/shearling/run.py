@@ -247,6 +247,7 @@ class _Session:
             log_every=1,
             checkpoint_every=stage.checkpoint_every,
             recompute=stage.recompute,
+            compile=stage.compile,
             validate_every=stage.validate_every,
             keep=stage.keep,
             seed=recipe.seed,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shearling.errors import ShearlingError
+from shearling.train.flops import forward_flops
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import Divergence, chunked_divergence
 from shearling.train.policy import Policy, StepContext
@@ -50,6 +51,9 @@ class Distillation(Policy):
                 f"teacher: vocabulary of {theirs}, the model's is {own}; it must be the same or begin with the model's"
             )
         self.teacher.eval()
+
+    def flops_per_token(self, length: int) -> float:
+        return forward_flops(self.teacher, length)
 
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
         assert ctx.hidden is not None

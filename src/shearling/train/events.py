@@ -13,33 +13,37 @@ from shearling.train.settings import TrainSettings
 
 
 class Clock:
-    """Counts the seconds of a run, and the pace since the last report."""
+    """Counts the seconds of a run, and its pace since the last report.
 
-    def __init__(self, counters: Counters) -> None:
+    ``flops`` are those of one token; ``peak`` is what all devices together could do in a second, None where that is
+    not known.
+    """
+
+    def __init__(self, counters: Counters, flops: float, peak: float | None) -> None:
         self._last = time.perf_counter()
         self._reported = (counters.step, counters.seconds)
+        self._flops, self._peak = flops, peak
 
     def tick(self, counters: Counters) -> None:
         now = time.perf_counter()
         counters.seconds += now - self._last
         self._last = now
 
-    def seconds_per_step(self, counters: Counters) -> float:
+    def report(self, event: dict[str, Any], counters: Counters, settings: TrainSettings) -> dict[str, Any]:
+        """The event with numbers for tensors, the mean loss since the last report, and what has run up."""
+        since = (counters.step - 1) % settings.log_every + 1
+        finite = [loss for loss in counters.losses[-since:] if math.isfinite(loss)]
         step, seconds = self._reported
         self._reported = (counters.step, counters.seconds)
-        return (counters.seconds - seconds) / (counters.step - step)
-
-
-def report(event: dict[str, Any], counters: Counters, settings: TrainSettings, clock: Clock) -> dict[str, Any]:
-    """The event with numbers for tensors, the mean loss since the last report, and what has run up."""
-    since = (counters.step - 1) % settings.log_every + 1
-    finite = [loss for loss in counters.losses[-since:] if math.isfinite(loss)]
-    pace = clock.seconds_per_step(counters)
-    numbers = {key: float(value) if isinstance(value, Tensor) else value for key, value in event.items()}
-    return {
-        **numbers,
-        "loss": sum(finite) / len(finite),
-        "tokens": counters.step * settings.tokens_per_step,
-        "tokens_per_second": settings.tokens_per_step / pace,
-        "eta_seconds": pace * (settings.steps - counters.step),
-    }
+        pace = (counters.seconds - seconds) / (counters.step - step)
+        speed = settings.tokens_per_step / pace
+        used = {} if self._peak is None else {"flops_utilisation": speed * self._flops / self._peak}
+        numbers = {key: float(value) if isinstance(value, Tensor) else value for key, value in event.items()}
+        return {
+            **numbers,
+            "loss": sum(finite) / len(finite),
+            "tokens": counters.step * settings.tokens_per_step,
+            "tokens_per_second": speed,
+            **used,
+            "eta_seconds": pace * (settings.steps - counters.step),
+        }

@@ -17,7 +17,9 @@ from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.train.checkpoint import Checkpoints
-from shearling.train.events import Clock, report
+from shearling.train.compiled import compiled
+from shearling.train.events import Clock
+from shearling.train.flops import forward_flops, peak_flops
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
 from shearling.train.optimizers import build_optimizers
@@ -98,6 +100,7 @@ def train(
     try:
         with torch.random.fork_rng(devices=cuda), StopSignals() as signals, ExitStack() as stack:
             torch.manual_seed(derived_seed(settings.seed, "attach"))
+            forward = forward_flops(model, settings.length)
             for policy in policies:
                 policy.attach(model, settings)
             sharding = Sharding(model, world, _compute_type(device, settings))
@@ -107,8 +110,9 @@ def train(
             checkpoints = None if state_dir is None else Checkpoints(state_dir, world, background=background)
             run = Run(model, optimizers, sampler, tuple(policies), settings, text, checkpoints, world)
             counters = run.resume(emit)
-            clock = Clock(counters)
+            clock = Clock(counters, _flops_per_token(run, forward), peak_flops(device, world.size))
             model.train()
+            stack.enter_context(compiled(model) if settings.compile else nullcontext())
             stack.enter_context(recomputed(model) if settings.recompute else nullcontext())
             stopping = world.any(signals.stopped)
             while counters.step < settings.steps and not stopping:
@@ -118,7 +122,7 @@ def train(
                 if "warning" in event:
                     emit(event)
                 elif last or counters.step == 1 or counters.step % settings.log_every == 0:
-                    emit(report(event, counters, settings, clock))
+                    emit(clock.report(event, counters, settings))
                 if counters.skipped_in_row == MAX_SKIPPED:
                     raise ShearlingError(
                         f"step {counters.step}: {MAX_SKIPPED} steps in a row without a finite loss and gradient; "
@@ -157,6 +161,14 @@ def train(
         edits,
         counters.best_step,
     )
+
+
+def _flops_per_token(run: Run, forward: float) -> float:
+    """FLOPs of training on one token: weights that are not trained need no gradients, recomputation does not count."""
+    sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+    trained = sum(size for size, flag in sizes if flag) / sum(size for size, _ in sizes)
+    own = sum(policy.flops_per_token(run.settings.length) for policy in run.policies)
+    return (2 + trained) * forward + own
 
 
 @torch.no_grad()

@@ -72,6 +72,10 @@ class Policy:
         """
         return None
 
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs that the policy's own forward passes add for each token of windows of ``length``."""
+        return 0.0
+
     def begin_step(self, step: int, rng: torch.Generator) -> None:
         """Prepare a step; ``rng`` (CPU) depends on the seed and the step alone."""
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class TrainProgress:
-    """Shows steps, loss, learning rate, tokens per second and the time left; give it to ``train`` as ``on_event``.
+    """Shows steps, loss, learning rate, speed and the time left; give it to ``train`` as ``on_event``.
 
     Use it as a context manager.
     """
@@ -36,9 +36,10 @@ class TrainProgress:
 
     def __call__(self, event: dict[str, Any]) -> None:
         if "loss" in event:
+            used = f" ({event['flops_utilisation']:.0%} of FLOPs)" if "flops_utilisation" in event else ""
             state = (
                 f"loss {event['loss']:.3f}  lr {event['learning_rate']:.1e}  "
-                f"{event['tokens_per_second']:.0f} tokens/s  {_duration(event['eta_seconds'])} left"
+                f"{event['tokens_per_second']:.0f} tokens/s{used}  {_duration(event['eta_seconds'])} left"
             )
             self._progress.update(self._task, completed=event["step"], state=state)
         elif "validation_loss" in event:

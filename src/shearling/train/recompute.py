@@ -16,10 +16,13 @@ from shearling.anatomy import anatomy_of
 def recomputed(model: Any) -> Iterator[None]:
     """Within, every block of a causal language model keeps only its input; results are the same to the bit."""
     blocks: list[Any] = list(model.get_submodule(anatomy_of(model.config).family.blocks))
+    before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -21,8 +21,8 @@ class TrainSettings:
     gradient norm (None: no bound). ``autocast`` None means bfloat16 on CUDA and none elsewhere.
     ``checkpoint_every`` and ``validate_every`` count steps; 0 means at the end only. ``cross_entropy`` weighs the
     next-token loss; at 0 it is not computed and policies must bring a loss. With ``recompute`` activations inside a
-    block are computed again in the backward pass instead of kept. ``keep`` says which parameters a run ends with:
-    the last, or those of the best validation.
+    block are computed again in the backward pass instead of kept; with ``compile`` torch compiles the blocks.
+    ``keep`` says which parameters a run ends with: the last, or those of the best validation.
     """
 
     tokens: int
@@ -39,6 +39,7 @@ class TrainSettings:
     autocast: torch.dtype | None = None
     cross_entropy: float = 1.0
     recompute: bool = False
+    compile: bool = False
     keep: Literal["last", "best"] = "last"
     log_every: int = 10
     checkpoint_every: int = 0
