@@ -3,8 +3,8 @@
     python benchmarks/training_step.py --data DIR [--json FILE] [--quick]
 
 Student and teacher are the same dense model, the loss is the forward divergence alone, a step reads 32 x 1024 tokens
-(on a CPU and with ``--quick`` far fewer). Beside it a plain script: both models compiled whole, logits in full, the same
-micro-batches unless ``--plain-micro-batch`` says otherwise. The roofline row times the step's matrix products alone.
+(on a CPU and with ``--quick`` far fewer). Beside it a plain script: both models compiled whole, logits in full,
+the same micro-batches unless ``--plain-micro-batch`` says otherwise. The first row times the matrix products alone.
 """
 
 from __future__ import annotations

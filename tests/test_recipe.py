@@ -76,12 +76,46 @@ def test_every_share_between_is_accepted(value: float) -> None:
         ("calibration.length=1", ["calibration.length = 1", "greater than or equal to 2"]),
         ("dtype=float8", ["dtype = 'float8'", "float32"]),
         ("stages=[]", ["stages", "at least 1"]),
+        ("recover.teacher=smollm2-135m", ["recover.teacher = 'smollm2-135m'", "needs distill or layerwise above 0"]),
+        ("recover.teacher_offload=true", ["recover.teacher_offload = True", "needs distill or layerwise"]),
+        ("recover.teacher_dtype=bfloat16", ["recover.teacher_dtype = 'bfloat16'", "needs distill or layerwise"]),
+        ("recover.teacher_top_k=8", ["recover.teacher_top_k = 8", "needs teacher_cache"]),
+        ("recover.layerwise=-1", ["recover.layerwise = -1", "greater than or equal to 0"]),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(recipe_file: Path, override: str, parts: list[str]) -> None:
     text = message(recipe_file, override)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (
+            {"distill": 1, "divergence": "reverse", "teacher_cache": "c"},
+            "teacher_cache = 'c': needs divergence = forward",
+        ),
+        ({"distill": 1, "temperature": 2, "teacher_cache": "c"}, "and temperature = 1"),
+        ({"distill": 1, "layerwise": 1, "teacher_cache": "c"}, "a cache holds no block outputs"),
+        ({"layerwise": 1, "teacher_cache": "c"}, "a cache holds no block outputs"),
+        ({"layerwise": 1, "teacher_compile": True}, "teacher_compile = True: leave layerwise at 0"),
+        ({"distill": 1, "teacher_offload": True, "teacher_compile": True}, "leave teacher_offload off"),
+    ],
+)
+def test_options_of_a_teacher_that_do_not_go_together(recipe_file: Path, changes: dict[str, object], what: str) -> None:
+    assert what in message(recipe_file, *(f"recover.{name}={value}" for name, value in changes.items()))
+
+
+def test_options_of_a_teacher_that_do(recipe_file: Path, tmp_path: Path) -> None:
+    for changes in (
+        ["distill=1", "layerwise=1", "teacher=other", "teacher_dtype=bfloat16", "teacher_offload=true"],
+        ["distill=1", "teacher_compile=true", "teacher_cache=c", "teacher_top_k=8"],
+    ):
+        recipe = load_recipe(recipe_file, [f"recover.{change}" for change in changes])
+        again = tmp_path / "again.yaml"
+        again.write_text(recipe.dump())
+        assert load_recipe(again) == recipe
 
 
 def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:

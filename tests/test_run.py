@@ -141,6 +141,68 @@ def test_recovery_validates_and_keeps_the_best(tmp_path: Path) -> None:
     assert recorded["best_step"] == 1 + losses.index(min(losses))
 
 
+def with_teacher(tmp_path: Path, **changes: Any) -> Recipe:
+    """The small recipe, distilled."""
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    content["stages"][1].update({"distill": 0.5, **changes})
+    return parse_recipe(content)
+
+
+def final_weights(recipe: Recipe, out: Path) -> dict[str, torch.Tensor]:
+    run(recipe, out)
+    return load_file(out / "model" / "model.safetensors")
+
+
+def test_where_a_teacher_lies_and_what_it_is_called_change_no_bit(tmp_path: Path) -> None:
+    expected = final_weights(with_teacher(tmp_path), tmp_path / "plain")
+    named = with_teacher(tmp_path, teacher=str(tmp_path / "dense"), teacher_offload=True)
+    for name, recipe in (("away", with_teacher(tmp_path, teacher_offload=True)), ("named", named)):
+        found = final_weights(recipe, tmp_path / name)
+        assert found.keys() == expected.keys() and all(torch.equal(t, expected[k]) for k, t in found.items())
+
+
+def test_recovery_layerwise_from_a_deeper_teacher(tmp_path: Path) -> None:
+    deeper = str(tiny_folder(tmp_path / "deeper", num_hidden_layers=5, vocab_size=120))
+    recipe = with_teacher(tmp_path, layerwise=0.1, teacher=deeper, teacher_dtype="bfloat16")
+    run(recipe, tmp_path / "out")
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "layerwise" in event]
+    assert len(steps) == 6 and steps[-1]["layerwise"] < steps[0]["layerwise"]
+    for step in steps:
+        assert step["loss"] == pytest.approx(step["cross_entropy"] + step["distillation"] + step["layerwise"], rel=1e-4)
+
+
+def test_recovery_from_a_cache_that_is_made_once(tmp_path: Path) -> None:
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 20}
+    events: list[dict[str, Any]] = []
+    metrics = run(with_teacher(tmp_path, **cache), tmp_path / "one", on_event=events.append)
+    told = [event for event in events if event["stage"] == "teacher"]
+    assert told[-1]["done"] == told[-1]["total"] > 0
+    events.clear()
+    again = run(with_teacher(tmp_path, **cache), tmp_path / "two", on_event=events.append)
+    assert comparable(again) == comparable(metrics) and not any(event["stage"] == "teacher" for event in events)
+    other = str(tiny_folder(tmp_path / "other"))
+    for changes, what in (({"teacher": other}, "a cache with teacher="), ({"teacher_top_k": 21}, "with k=20, not 21")):
+        with pytest.raises(ShearlingError, match=what):
+            run(with_teacher(tmp_path, **{**cache, **changes}), tmp_path / f"three-{len(changes)}-{what[-2:]}")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "what"),
+    [
+        ({"vocab_size": 60}, {}, "vocabulary of 60, the model's is 97"),
+        ({"hidden_size": 64}, {"layerwise": 1.0}, "hidden size 64, the model's is 32"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_anything(
+    tmp_path: Path, sizes: dict[str, int], changes: dict[str, float], what: str
+) -> None:
+    teacher = str(tiny_folder(tmp_path / "teacher", **sizes))
+    with pytest.raises(ShearlingError, match=f"^teacher .*{what}[^\n]*$"):
+        run(with_teacher(tmp_path, teacher=teacher, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_run_is_not_done_again(recipe: Recipe, tmp_path: Path) -> None:
     first = run(recipe, tmp_path / "out")
     events: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ torchrun ... tests/world_child.py OUT KIND [KIND ...] [--state DIR] [--kill STEP
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from shearling.anatomy import anatomy_of
 from shearling.methods.ig_lora import LoRAPolicy
-from shearling.train import Distillation, Policy, TrainSettings, train
+from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, train
 from tests.test_train_resume import Masks
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -25,7 +26,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "lora", "masks", "untied")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "masks", "untied")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -36,6 +37,9 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
     policies: list[Policy] = []
     if kind == "distillation":
         policies = [Distillation(tiny_model("llama", seed=3))]
+    if kind == "layerwise":
+        teacher = Teacher(tiny_model("llama", seed=3))
+        policies = [LayerwiseDistillation(teacher, 0.5), Distillation(teacher)]
     if kind == "lora":
         policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
     if kind == "masks":
@@ -50,7 +54,11 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
 
     windows, held_out = tiny_tokens(20, LENGTH, seed=5), tiny_tokens(5, LENGTH, seed=6)
     result = train(model, windows, policies, SETTINGS, validation=held_out, state_dir=state, on_event=hear)
-    model(windows[:1])  # a stock model again
+    # a stock model again
+    model(windows[:1])
+    copy.deepcopy(model)
+    assert {key for module in model.modules() for key in vars(module) if "fsdp" in key} <= {"_fsdp_plan"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return {"losses": list(result.losses), "scores": scores, "model": dict(model.state_dict())}
 
 

@@ -25,6 +25,7 @@ from shearling.errors import RecipeError
 
 STDLIB = "stdlib:"
 UNSTRUCTURED = "unstructured"
+TOP_K = 64
 Tokens = Annotated[int, Field(ge=1)]
 
 
@@ -173,11 +174,24 @@ class _Recover(_Strict):
     micro_batch: Tokens = 8
     warmup: Annotated[float, Field(ge=0)] = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    #: weight of the divergence from the dense model; 0 trains on text alone
+    #: weight of the divergence from the teacher; 0 trains on text alone
     distill: Annotated[float, Field(ge=0)] = 0.0
-    #: which one: KL(dense || model), KL(model || dense), or the mean of both against their average
+    #: which one: KL(teacher || model), KL(model || teacher), or the mean of both against their average
     divergence: Literal["forward", "reverse", "jensen-shannon"] = "forward"
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    #: weight of the relative squared error of the states after each block
+    layerwise: Annotated[float, Field(ge=0)] = 0.0
+    #: model that is followed, by its name, folder or hub id; the dense one by default
+    teacher: str | None = None
+    #: precision of its weights; the recipe's by default
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    #: its weights stay in host memory and visit the device block by block
+    teacher_offload: bool = False
+    #: torch.compile runs it
+    teacher_compile: bool = False
+    #: folder that keeps its likeliest next tokens at every position, made where it is not finished
+    teacher_cache: str | None = None
+    teacher_top_k: Tokens = TOP_K
     #: activations inside a block are computed again in the backward pass instead of kept
     recompute: bool = False
     #: torch compiles the blocks: a slow first step, faster ones after it
@@ -189,6 +203,38 @@ class _Recover(_Strict):
     validate_every: Tokens = 50
     #: parameters that the stage ends with: the last, or those of the best validation
     keep: Literal["last", "best"] = "last"
+
+    @field_validator("teacher", "teacher_dtype", "teacher_offload", "teacher_compile", "teacher_cache")
+    @classmethod
+    def _followed(cls, value: Any, found: ValidationInfo) -> Any:
+        if value and not (found.data.get("distill") or found.data.get("layerwise")):
+            raise ValueError("needs distill or layerwise above 0")
+        return value
+
+    @field_validator("teacher_compile")
+    @classmethod
+    def _compiled(cls, value: bool, found: ValidationInfo) -> bool:
+        if value and found.data.get("teacher_offload"):
+            raise ValueError("leave teacher_offload off; compiled code needs its weights in one place")
+        if value and found.data.get("layerwise"):
+            raise ValueError("leave layerwise at 0; a compiled teacher gives no block outputs")
+        return value
+
+    @field_validator("teacher_cache")
+    @classmethod
+    def _cached(cls, value: str | None, found: ValidationInfo) -> str | None:
+        if value is not None and found.data.get("layerwise"):
+            raise ValueError("leave layerwise at 0; a cache holds no block outputs")
+        if value is not None and (found.data.get("divergence"), found.data.get("temperature")) != ("forward", 1):
+            raise ValueError("needs divergence = forward and temperature = 1")
+        return value
+
+    @field_validator("teacher_top_k")
+    @classmethod
+    def _kept(cls, value: int, found: ValidationInfo) -> int:
+        if value != TOP_K and found.data.get("teacher_cache") is None:
+            raise ValueError("needs teacher_cache")
+        return value
 
     @model_validator(mode="after")
     def _chosen_by_validation(self) -> Self:

@@ -20,13 +20,14 @@ from shearling.events import OnEvent
 from shearling.export import save_model
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.stages import plan_stage
+from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
 from shearling.plan import Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
 from shearling.recipe import Evaluation, Full, LoRA, Recipe
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import cut_
-from shearling.train import Distillation, Policy, TrainResult, TrainSettings, World, join, train
+from shearling.train import Policy, TrainResult, TrainSettings, World, join, train
 from shearling.usage import Usage
 
 NEW_TOKENS = 48
@@ -43,6 +44,7 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     Raises ShearlingError for unusable input, before anything is written where that can be known, and Interrupted
     where a signal stopped it. Under ``torchrun`` the processes train together; the first one does everything else.
     """
+    check_teacher(recipe)
     world = join()
     if world.first:
         return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event, world).finish()
@@ -259,10 +261,6 @@ class _Session:
         else:
             ranks = allocate_ranks(_shares(outcome.plan, stage.ranks), stage.mean_rank, stage.ranks)
             policies.append(LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank))
-        if stage.distill:
-            teacher = self.dense[0]
-            kind, temperature = stage.divergence, stage.temperature
-            policies.append(Distillation(teacher, weight=stage.distill, temperature=temperature, kind=kind))
 
         def tell(event: dict[str, Any]) -> None:
             if self.world.first:
@@ -273,7 +271,9 @@ class _Session:
             wanted = stage.validation_windows * stage.length
             held_out = windows(corpus_tokens(stage.validation, self.dense[1], max_tokens=wanted), None, stage.length)
         state = self.folder.state / "train"
-        result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
+        with teaching(recipe, stage, model, self.dense[0], text, self._say) as followed:
+            policies += followed
+            result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
         if result.stopped:
             raise Interrupted
         return model.to(getattr(torch, recipe.dtype)), result

@@ -2,7 +2,7 @@
 
 from shearling.plan.budget import cap_shares, round_to_total
 from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
-from shearling.plan.files import load_edits, save_edits, write_tensors, write_whole
+from shearling.plan.files import load_edits, save_edits, write_bytes, write_tensors, write_whole
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan, engines
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
@@ -37,6 +37,7 @@ __all__ = [
     "shape_after",
     "sizes",
     "unit_parameters",
+    "write_bytes",
     "write_tensors",
     "write_whole",
 ]

@@ -55,6 +55,12 @@ def write_whole(file: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a binary file as ``write_tensors`` writes its own."""
+    with _replacing(file) as unfinished:
+        unfinished.write_bytes(content)
+
+
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
     """A file to write, which takes the place of ``file`` when it is whole and is gone when it is not."""

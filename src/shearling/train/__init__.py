@@ -1,24 +1,36 @@
-"""The one training loop, the policies that plug into it, and its losses."""
+"""The one training loop, the policies that plug into it, its teachers and its losses."""
 
+from shearling.train.cache import CachedTeacher, cache_teacher
 from shearling.train.distill import Distillation
+from shearling.train.layerwise import LayerwiseDistillation
 from shearling.train.loop import TrainResult, train
 from shearling.train.loss import IGNORE, chunked_cross_entropy, chunked_divergence
+from shearling.train.offload import offloaded
 from shearling.train.policy import Policy, StepContext
 from shearling.train.progress import TrainProgress
 from shearling.train.settings import TrainSettings
+from shearling.train.teachers import Teacher, in_dtype
+from shearling.train.topk import chunked_topk_divergence
 from shearling.train.world import World, join
 
 __all__ = [
     "IGNORE",
+    "CachedTeacher",
     "Distillation",
+    "LayerwiseDistillation",
     "Policy",
     "StepContext",
+    "Teacher",
     "TrainProgress",
     "TrainResult",
     "TrainSettings",
     "World",
+    "cache_teacher",
     "chunked_cross_entropy",
     "chunked_divergence",
+    "chunked_topk_divergence",
+    "in_dtype",
     "join",
+    "offloaded",
     "train",
 ]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from shearling.errors import ShearlingError
-from shearling.train.flops import forward_flops
-from shearling.train.head import hidden_states, output_head
+from shearling.plan import Edit
+from shearling.train.cache import CachedTeacher
+from shearling.train.head import output_head
 from shearling.train.loss import Divergence, chunked_divergence
 from shearling.train.policy import Policy, StepContext
 from shearling.train.settings import TrainSettings
+from shearling.train.teachers import Teacher
+from shearling.train.topk import chunked_topk_divergence
 
 
 class Distillation(Policy):
     """Adds ``weight`` times a divergence from a teacher at a temperature, from hidden states in chunks.
 
     ``kind`` is as in ``chunked_divergence``. The teacher may be any causal language model over the same vocabulary, or
-    a larger one that begins with it, on the model's device; it is put into evaluation mode and never changed.
-    Cross-entropy keeps the weight that the settings give it.
+    a larger one that begins with it, on the model's device; it is put into evaluation mode and never changed. A
+    ``Teacher`` is one that several policies share. A ``CachedTeacher`` over the same windows and vocabulary gives the
+    forward divergence of ``chunked_topk_divergence`` at temperature 1. Cross-entropy keeps the weight that the
+    settings give it.
     """
 
     def __init__(
@@ -36,37 +41,39 @@ class Distillation(Policy):
             raise ShearlingError(f"distillation weight {weight}, temperature {temperature}: both must be above 0")
         if kind not in get_args(Divergence):
             raise ShearlingError(f"distillation {kind!r}: must be one of {', '.join(get_args(Divergence))}")
+        if isinstance(teacher, CachedTeacher) and (kind, temperature) != ("forward", 1):
+            raise ShearlingError(
+                f"distillation {kind!r}, temperature {temperature}: a cached teacher gives only forward at 1"
+            )
         self.kind: Divergence = kind
-        self.teacher = teacher
+        self.teacher = teacher if isinstance(teacher, Teacher | CachedTeacher) else Teacher(teacher)
         self.weight = weight
         self.temperature = temperature
         self.chunk = chunk
 
     def attach(self, model: nn.Module, settings: TrainSettings) -> None:
-        if self.teacher is model:
-            raise ShearlingError("teacher: is the model itself; load a second copy")
-        own, theirs = output_head(model).weight.shape[0], output_head(self.teacher).weight.shape[0]
-        if own > theirs:
-            raise ShearlingError(
-                f"teacher: vocabulary of {theirs}, the model's is {own}; it must be the same or begin with the model's"
-            )
-        self.teacher.eval()
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_vocabulary(output_head(model).weight.shape[0])
+        else:
+            self.teacher.follow(model)
 
     def flops_per_token(self, length: int) -> float:
-        return forward_flops(self.teacher, length)
+        return 0.0 if isinstance(self.teacher, CachedTeacher) else self.teacher.flops_per_token(length)
 
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
         assert ctx.hidden is not None
-        with torch.no_grad():
-            taught = hidden_states(self.teacher, ctx.input_ids)
-        divergence = chunked_divergence(
-            ctx.hidden,
-            output_head(ctx.model),
-            taught,
-            output_head(self.teacher),
-            ctx.labels,
-            self.temperature,
-            self.chunk,
-            self.kind,
-        )
+        head = output_head(ctx.model)
+        if isinstance(self.teacher, CachedTeacher):
+            log_probs, ids = (t.to(ctx.device) for t in self.teacher.rows(ctx.indices))
+            divergence = chunked_topk_divergence(ctx.hidden, head, log_probs, ids, ctx.labels, self.chunk)
+        else:
+            taught = self.teacher.states(ctx.input_ids).hidden
+            divergence = chunked_divergence(
+                ctx.hidden, head, taught, self.teacher.head(), ctx.labels, self.temperature, self.chunk, self.kind
+            )
         return {"distillation": self.weight * divergence}
+
+    def finalize(self) -> Sequence[Edit]:
+        if isinstance(self.teacher, Teacher):
+            self.teacher.leave()
+        return []

@@ -208,12 +208,13 @@ def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> 
     settings, optimizers, policies = run.settings, run.optimizers, run.policies
     step = counters.step
     rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", step))
-    ids = run.windows[run.world.share(run.sampler.take(settings.batch))].to(device).long()
+    indices = run.world.share(run.sampler.take(settings.batch))
+    ids = run.windows[indices].to(device).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
     for policy in policies:
         policy.begin_step(step, rng)
-    ctx, loss = _gradients(run, counters, ids, rate, emit)
+    ctx, loss = _gradients(run, counters, ids, indices, rate, emit)
     average_whole_(run.world, optimizers.parameters)
     norm = total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
@@ -236,14 +237,16 @@ def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> 
     return {**event, "grad_norm": norm_value, **ctx.metrics}
 
 
-def _gradients(run: Run, counters: Counters, ids: Tensor, rate: float, emit: OnEvent) -> tuple[StepContext, Tensor]:
+def _gradients(
+    run: Run, counters: Counters, ids: Tensor, indices: Tensor, rate: float, emit: OnEvent
+) -> tuple[StepContext, Tensor]:
     """Gradients and loss of one batch, in as large parts as memory allows."""
     settings = run.settings
     while True:
         # seeded anew each step, so that resuming needs no generator's state
         torch.manual_seed(derived_seed(settings.seed, "step", counters.step, *run.world.beside))
         run.optimizers.zero_grad()
-        ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, next_tokens(ids))
+        ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, next_tokens(ids), indices)
         try:
             loss = _backward(ctx, run.policies, settings, ids, counters.micro_batch)
             return ctx, run.world.mean_(loss)
@@ -283,9 +286,9 @@ def _backward(
 ) -> Tensor:
     """Accumulate the gradients of a batch; returns its loss, detached. Several terms are noted in the metrics."""
     total = torch.zeros((), device=ctx.device)
-    for rows in ids.split(micro_batch):
+    for rows, indices in zip(ids.split(micro_batch), ctx.indices.split(micro_batch), strict=True):
         share = len(rows) / len(ids)
-        ctx.input_ids, ctx.labels = rows, next_tokens(rows)
+        ctx.input_ids, ctx.labels, ctx.indices = rows, next_tokens(rows), indices
         terms = within(ctx.model, lambda: _loss_terms(ctx, policies, settings))
         ctx.hidden = None
         if not terms:

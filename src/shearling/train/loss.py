@@ -52,7 +52,7 @@ def chunked_cross_entropy(
         slope.scatter_add_(1, target, torch.full_like(norm, -1))
         return loss, slope.masked_fill_(ignored, 0).div_(count)
 
-    return _through_head(hidden, Head(head_weight, bias, softcap), chunk_loss, chunk)
+    return through_head(hidden, Head(head_weight, bias, softcap), chunk_loss, chunk)
 
 
 def chunked_divergence(
@@ -89,7 +89,7 @@ def chunked_divergence(
         loss = per_token.masked_fill(skip, 0).sum() * (temperature**2 / count)
         return loss, None if slope is None else slope.masked_fill_(skip, 0).mul_(temperature / count)
 
-    return _through_head(hidden, head, chunk_loss, chunk)
+    return through_head(hidden, head, chunk_loss, chunk)
 
 
 # Each takes log-probabilities log s and log t [n, V] and gives the divergence [n, 1] and its derivative by the
@@ -119,7 +119,8 @@ def _jensen_shannon(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple
 _DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon}
 
 
-def _through_head(hidden: Tensor, head: Head, chunk_loss: ChunkLoss, chunk: int) -> Tensor:
+def through_head(hidden: Tensor, head: Head, chunk_loss: ChunkLoss, chunk: int) -> Tensor:
+    """Sum of ``chunk_loss`` over the logits of ``hidden`` [..., D], ``chunk`` rows at a time."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     # inside forward gradients are always off, so the question is asked here
     grad = torch.is_grad_enabled()

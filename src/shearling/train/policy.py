@@ -20,9 +20,9 @@ class StepContext:
 
     ``step`` counts from 0. ``rate`` is this step's learning rate over the settings' ``learning_rate``, for policies
     with an optimizer of their own. ``input_ids`` and ``labels`` are [B, T] of the current micro-batch, ``labels[:, t]``
-    being the token after ``input_ids[:, t]`` and -100 where there is none; ``hidden`` is [B, T, D], the states before
-    the head, with their graph, and None outside ``loss_terms``. What a policy writes into ``metrics`` goes into the
-    next event.
+    being the token after ``input_ids[:, t]`` and -100 where there is none; ``indices`` [B] (int64, CPU) says which
+    windows they are. ``hidden`` is [B, T, D], the states before the head, with their graph, and None outside
+    ``loss_terms``. What a policy writes into ``metrics`` goes into the next event.
     """
 
     step: int
@@ -32,6 +32,7 @@ class StepContext:
     rate: float
     input_ids: Tensor
     labels: Tensor
+    indices: Tensor
     hidden: Tensor | None = None
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
 

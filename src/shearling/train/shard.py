@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from shearling.anatomy import anatomy_of
 from shearling.train.world import World
 
 #: what FSDP leaves on a module beside hooks
-_MARKS = ("__composable_api", "_is_fsdp", "_fsdp")
+_MARKS = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _WITHIN = "_shearling_within"
 Result = TypeVar("Result")
 
@@ -42,7 +41,7 @@ class Sharding:
         if world.size == 1:
             return
         for module in model.modules():
-            hooks = {key: copy.copy(value) for key, value in vars(module).items() if "hooks" in key}
+            hooks = {key: dict(value) for key, value in vars(module).items() if key.endswith("_hooks")}
             self._plain[module] = (type(module), hooks)
         mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -67,7 +66,10 @@ class Sharding:
             _module_state_mapping.pop(module, None)
             for key in [key for key in vars(module) if key.startswith(_MARKS)]:
                 delattr(module, key)
-            vars(module).update(hooks)
+            for key, content in hooks.items():
+                # in place, since whoever holds a handle to a hook finds it in this very dictionary
+                vars(module)[key].clear()
+                vars(module)[key].update(content)
         if self._plain:
             delattr(self._model, _WITHIN)
         self._plain = {}

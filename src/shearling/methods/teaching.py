@@ -1,0 +1,123 @@
+"""From a recipe's recovery to the teacher that its model follows, and the policies that follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.data import Windows
+from shearling.errors import ShearlingError
+from shearling.events import OnEvent
+from shearling.models import check_finite, load_config, load_model, resolve
+from shearling.recipe import Full, LoRA, Recipe
+from shearling.train import (
+    CachedTeacher,
+    Distillation,
+    LayerwiseDistillation,
+    Policy,
+    Teacher,
+    cache_teacher,
+    in_dtype,
+    join,
+    offloaded,
+)
+from shearling.train.head import output_head
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Raise ShearlingError, from the configs alone, for a named teacher that the recipe's model cannot follow."""
+    stage = recipe.recover
+    if stage is None or stage.teacher is None:
+        return
+    # pruning keeps both sizes
+    own, theirs = (load_config(name).get_text_config() for name in (recipe.model, stage.teacher))
+    if theirs.vocab_size < own.vocab_size:
+        raise ShearlingError(
+            f"teacher {stage.teacher!r}: vocabulary of {theirs.vocab_size}, the model's is {own.vocab_size}; it must "
+            "be the same or begin with the model's"
+        )
+    if stage.layerwise and theirs.hidden_size != own.hidden_size:
+        raise ShearlingError(
+            f"teacher {stage.teacher!r}: hidden size {theirs.hidden_size}, the model's is {own.hidden_size}; layerwise "
+            "losses need the same"
+        )
+
+
+@contextmanager
+def teaching(
+    recipe: Recipe, stage: LoRA | Full, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
+) -> Iterator[list[Policy]]:
+    """The policies by which ``model`` follows the teacher of a recovery over ``windows``; none where it has none."""
+    if not (stage.distill or stage.layerwise):
+        yield []
+        return
+    with ExitStack() as stack:
+        teacher = build_teacher(recipe, stage, model, dense, windows, on_event, stack)
+        policies: list[Policy] = []
+        if stage.distill:
+            kind, temperature = stage.divergence, stage.temperature
+            policies.append(Distillation(teacher, weight=stage.distill, temperature=temperature, kind=kind))
+        if stage.layerwise:
+            policies.append(LayerwiseDistillation(teacher, stage.layerwise))
+        yield policies
+
+
+def build_teacher(
+    recipe: Recipe,
+    stage: LoRA | Full,
+    model: Any,
+    dense: Any,
+    windows: Tensor | Windows,
+    on_event: OnEvent,
+    stack: ExitStack,
+) -> Teacher | CachedTeacher:
+    """The teacher of a recovery stage, ``dense`` where it names no other; ``stack`` ends what it needs while it lives.
+
+    Raises ShearlingError for a teacher that cannot be loaded, and a cache of something else.
+    """
+    if stage.teacher_cache is None:
+        return _running(recipe, stage, model, dense, stack)
+    folder, vocab = Path(stage.teacher_cache), output_head(model).weight.shape[0]
+    if (folder / "index.json").exists():
+        # the teacher is not even loaded
+        cached = CachedTeacher(folder, windows)
+        cached.check_vocabulary(vocab)
+        wanted = str(resolve(stage.teacher or recipe.model))
+        for name, found, asked in (
+            ("teacher", cached.teacher, wanted),
+            ("k", cached.k, min(stage.teacher_top_k, vocab)),
+        ):
+            if found != asked:
+                raise ShearlingError(f"{folder}: a cache with {name}={found}, not {asked}; give another folder")
+        return cached
+    world = join()
+    if world.first:
+        with ExitStack() as while_caching:
+            cache_teacher(
+                _running(recipe, stage, model, dense, while_caching),
+                windows,
+                folder,
+                k=stage.teacher_top_k,
+                batch=stage.micro_batch,
+                vocab=vocab,
+                on_progress=lambda done, total: on_event({"stage": "teacher", "done": done, "total": total}),
+            )
+    world.wait()
+    return CachedTeacher(folder, windows)
+
+
+def _running(recipe: Recipe, stage: LoRA | Full, model: Any, dense: Any, stack: ExitStack) -> Teacher:
+    dtype = getattr(torch, stage.teacher_dtype or recipe.dtype)
+    if stage.teacher is None:
+        teacher = in_dtype(dense, dtype)
+    else:
+        teacher = load_model(stage.teacher, dtype=dtype, device="cpu" if stage.teacher_offload else model.device)
+        check_finite(teacher)
+    if stage.teacher_offload:
+        stack.enter_context(offloaded(teacher, model.device))
+    return Teacher(teacher, device=model.device, compiled=stage.teacher_compile)
