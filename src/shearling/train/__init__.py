@@ -2,7 +2,7 @@
 
 from shearling.train.distill import Distillation
 from shearling.train.loop import TrainResult, train
-from shearling.train.loss import IGNORE, chunked_cross_entropy, chunked_divergence
+from shearling.train.loss import IGNORE, HeadLoss, chunked_cross_entropy, chunked_divergence, chunked_head_loss
 from shearling.train.policy import Policy, StepContext
 from shearling.train.progress import TrainProgress
 from shearling.train.settings import TrainSettings
@@ -10,6 +10,7 @@ from shearling.train.settings import TrainSettings
 __all__ = [
     "IGNORE",
     "Distillation",
+    "HeadLoss",
     "Policy",
     "StepContext",
     "TrainProgress",
@@ -17,5 +18,6 @@ __all__ = [
     "TrainSettings",
     "chunked_cross_entropy",
     "chunked_divergence",
+    "chunked_head_loss",
     "train",
 ]

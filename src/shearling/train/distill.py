@@ -17,9 +17,9 @@ from shearling.train.settings import TrainSettings
 class Distillation(Policy):
     """Adds ``weight`` times a divergence from a teacher at a temperature, from hidden states in chunks.
 
-    ``kind`` is as in ``chunked_divergence``. The teacher may be any causal language model over the same vocabulary, or
-    a larger one that begins with it, on the model's device; it is put into evaluation mode and never changed.
-    Cross-entropy keeps the weight that the settings give it.
+    ``kind`` and ``chunk`` are as in ``chunked_divergence``. The teacher may be any causal language model over the same
+    vocabulary, or a larger one that begins with it, on the model's device; it is put into evaluation mode and never
+    changed. Cross-entropy keeps the weight that the settings give it.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Distillation(Policy):
         weight: float = 1.0,
         temperature: float = 1.0,
         kind: Divergence = "forward",
-        chunk: int = 512,
+        chunk: int | None = None,
     ) -> None:
         if not (weight > 0 and temperature > 0):
             raise ShearlingError(f"distillation weight {weight}, temperature {temperature}: both must be above 0")
