@@ -10,10 +10,9 @@ from torch import Tensor
 
 from shearling.kernels.terms import IGNORE, Terms
 
-#: elements that a program holds at a time, and the warps that share them: 32 bytes of bf16 in flight for each thread,
-#: and on an H100 two programs a multiprocessor
+#: elements that a program holds at a time, and the warps that share them: each thread loads 16 bytes of bf16 at once
 BLOCK = 4096
-WARPS = 8
+WARPS = 16
 
 _KINDS = {"forward": 1, "reverse": 2, "jensen-shannon": 3}
 
@@ -54,7 +53,6 @@ def head_loss(
             divergence,
             student.stride(0),
             other.stride(0),
-            vocab,
             float(terms.cross_entropy),
             float(terms.divergence * terms.temperature),
             1.0 / terms.temperature if kind else 1.0,
@@ -68,6 +66,8 @@ def head_loss(
             TEACHER_CAPPED=terms.teacher_softcap is not None,
             SLOPE=with_slope,
             IGNORE=IGNORE,
+            # a number for Triton's interpreter, which cannot make a range of a tensor under NumPy 2.4
+            VOCAB=vocab,
             BLOCK=block,
             num_warps=warps,
         )
@@ -84,7 +84,6 @@ def _head_loss(
     divergence_out,
     student_stride,
     teacher_stride,
-    vocab,
     entropy_weight,
     divergence_weight,
     inverse,
@@ -97,6 +96,7 @@ def _head_loss(
     TEACHER_CAPPED: tl.constexpr,
     SLOPE: tl.constexpr,
     IGNORE: tl.constexpr,
+    VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Letters: z and u are the student's and the teacher's logits, s and t their shares of the softmax.
@@ -112,9 +112,9 @@ def _head_loss(
 
     if label == IGNORE:
         if SLOPE:
-            for start in range(0, vocab, BLOCK):
+            for start in range(0, VOCAB, BLOCK):
                 at = start + lanes
-                tl.store(student_row + at, tl.zeros([BLOCK], tl.float32), mask=at < vocab)
+                tl.store(student_row + at, tl.zeros([BLOCK], tl.float32), mask=at < VOCAB)
         return
 
     # first pass: greatest logits and sums of exponentials, kept for each lane until the end
@@ -124,9 +124,9 @@ def _head_loss(
     cold = tl.zeros([BLOCK], tl.float32)
     their_mass = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in range(0, VOCAB, BLOCK):
         at = start + lanes
-        mask = at < vocab
+        mask = at < VOCAB
         z = _logits(student_row, at, mask, softcap, CAPPED)
         new = tl.maximum(top, tl.max(z, 0))
         shrink = tl.exp((top - new) * inverse)
@@ -154,7 +154,7 @@ def _head_loss(
     if SPLIT:
         norm = top + tl.log(tl.sum(cold, 0))
     if ENTROPY:
-        inside = (label >= 0) & (label < vocab)
+        inside = (label >= 0) & (label < VOCAB)
         target = tl.load(student_row + label, mask=inside, other=float("nan")).to(tl.float32)
         tl.store(entropy_out + row, norm - _capped(target, softcap, CAPPED))
 
@@ -173,9 +173,9 @@ def _head_loss(
         if KIND == 3:
             own = tl.zeros([BLOCK], tl.float32)
             theirs = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, vocab, BLOCK):
+            for start in range(0, VOCAB, BLOCK):
                 at = start + lanes
-                mask = at < vocab
+                mask = at < VOCAB
                 z = _logits(student_row, at, mask, softcap, CAPPED)
                 u = _logits(teacher_row, at, mask, teacher_softcap, TEACHER_CAPPED)
                 log_s = (z - top) * inverse - log_mass
@@ -190,9 +190,9 @@ def _head_loss(
     if SLOPE:
         scale = 1.0 / tl.load(count).to(tl.float32)
         column = label.to(tl.int32)
-        for start in range(0, vocab, BLOCK):
+        for start in range(0, VOCAB, BLOCK):
             at = start + lanes
-            mask = at < vocab
+            mask = at < VOCAB
             z = _logits(student_row, at, mask, softcap, CAPPED)
             log_s = (z - top) * inverse - log_mass
             s = tl.exp(log_s)
