@@ -229,12 +229,23 @@ def test_one_pass_gives_both_losses():
     torch.testing.assert_close(found.total, 0.5 * entropy + 2 * divergence)
 
 
-@pytest.mark.parametrize("terms", TERMS, ids=str)
-@pytest.mark.parametrize("vocab", [49152, 128256, 50257])
-@pytest.mark.parametrize(("dtype", "slope"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+# every one is compiled
+@pytest.mark.parametrize(
+    "terms", [TERMS[0], TERMS[3], *(Terms(0.3, 0.6, k, 2.5, c, c) for k in KINDS for c in (None, 3.0))], ids=str
+)
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "slope"),
+    [
+        (torch.float32, 49152, 1e-4),
+        (torch.float32, 128256, 1e-4),
+        (torch.bfloat16, 49152, 1e-2),
+        (torch.bfloat16, 128256, 1e-2),
+        (torch.float16, 50257, 1e-2),
+    ],
+)
 @pytest.mark.gpu
 @needs_gpu
-def test_kernel_on_a_gpu(terms, vocab, dtype, slope):
+def test_kernel_on_a_gpu(terms, dtype, vocab, slope):
     pytest.importorskip("triton")
     from shearling.kernels.head_loss import head_loss
 
@@ -242,7 +253,7 @@ def test_kernel_on_a_gpu(terms, vocab, dtype, slope):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.gpu
 @needs_gpu
 def test_one_pass_on_a_gpu(kind, dtype, tolerance):
