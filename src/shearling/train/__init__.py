@@ -4,7 +4,7 @@ from shearling.train.cache import CachedTeacher, cache_teacher
 from shearling.train.distill import Distillation
 from shearling.train.layerwise import LayerwiseDistillation
 from shearling.train.loop import TrainResult, train
-from shearling.train.loss import IGNORE, chunked_cross_entropy, chunked_divergence
+from shearling.train.loss import IGNORE, HeadLoss, chunked_cross_entropy, chunked_divergence, chunked_head_loss
 from shearling.train.offload import offloaded
 from shearling.train.policy import Policy, StepContext
 from shearling.train.progress import TrainProgress
@@ -17,6 +17,7 @@ __all__ = [
     "IGNORE",
     "CachedTeacher",
     "Distillation",
+    "HeadLoss",
     "LayerwiseDistillation",
     "Policy",
     "StepContext",
@@ -28,6 +29,7 @@ __all__ = [
     "cache_teacher",
     "chunked_cross_entropy",
     "chunked_divergence",
+    "chunked_head_loss",
     "chunked_topk_divergence",
     "in_dtype",
     "join",

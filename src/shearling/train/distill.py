@@ -11,7 +11,7 @@ from shearling.errors import ShearlingError
 from shearling.plan import Edit
 from shearling.train.cache import CachedTeacher
 from shearling.train.head import output_head
-from shearling.train.loss import Divergence, chunked_divergence
+from shearling.train.loss import PLAIN_CHUNK, Divergence, chunked_divergence
 from shearling.train.policy import Policy, StepContext
 from shearling.train.settings import TrainSettings
 from shearling.train.teachers import Teacher
@@ -21,11 +21,11 @@ from shearling.train.topk import chunked_topk_divergence
 class Distillation(Policy):
     """Adds ``weight`` times a divergence from a teacher at a temperature, from hidden states in chunks.
 
-    ``kind`` is as in ``chunked_divergence``. The teacher may be any causal language model over the same vocabulary, or
-    a larger one that begins with it, on the model's device; it is put into evaluation mode and never changed. A
-    ``Teacher`` is one that several policies share. A ``CachedTeacher`` over the same windows and vocabulary gives the
-    forward divergence of ``chunked_topk_divergence`` at temperature 1. Cross-entropy keeps the weight that the
-    settings give it.
+    ``kind`` and ``chunk`` are as in ``chunked_divergence``. The teacher may be any causal language model over the same
+    vocabulary, or a larger one that begins with it, on the model's device; it is put into evaluation mode and never
+    changed. A ``Teacher`` is one that several policies share. A ``CachedTeacher`` over the same windows and vocabulary
+    gives the forward divergence of ``chunked_topk_divergence`` at temperature 1. Cross-entropy keeps the weight that
+    the settings give it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Distillation(Policy):
         weight: float = 1.0,
         temperature: float = 1.0,
         kind: Divergence = "forward",
-        chunk: int = 512,
+        chunk: int | None = None,
     ) -> None:
         if not (weight > 0 and temperature > 0):
             raise ShearlingError(f"distillation weight {weight}, temperature {temperature}: both must be above 0")
@@ -65,7 +65,8 @@ class Distillation(Policy):
         head = output_head(ctx.model)
         if isinstance(self.teacher, CachedTeacher):
             log_probs, ids = (t.to(ctx.device) for t in self.teacher.rows(ctx.indices))
-            divergence = chunked_topk_divergence(ctx.hidden, head, log_probs, ids, ctx.labels, self.chunk)
+            chunk = self.chunk or PLAIN_CHUNK
+            divergence = chunked_topk_divergence(ctx.hidden, head, log_probs, ids, ctx.labels, chunk)
         else:
             taught = self.teacher.states(ctx.input_ids).hidden
             divergence = chunked_divergence(

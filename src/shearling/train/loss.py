@@ -5,22 +5,35 @@ Shapes: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shearling.kernels import IGNORE, Divergence, Terms, triton_usable
+from shearling.kernels.head_loss_reference import head_loss_reference
 from shearling.train.head import Head
 
-#: label of a position that has no target
-IGNORE = -100
+#: tokens at a time where losses are computed in plain PyTorch
+PLAIN_CHUNK = 512
+#: bytes of a chunk's logits that the kernel gets: as many tokens as keep the gradient of the weight, which every
+#: chunk reads and writes whole, cheap beside the products
+FUSED_BYTES = 2**28
 
-Divergence = Literal["forward", "reverse", "jensen-shannon"]
+
 #: (logits [n, V], rows, whether the slope is wanted) -> (loss, its derivative by the logits or None)
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+
+
+class HeadLoss(NamedTuple):
+    """The weighted sum of two losses, and both unweighted, which carry no gradient."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor
 
 
 def chunked_cross_entropy(
@@ -28,7 +41,7 @@ def chunked_cross_entropy(
     head_weight: Tensor,
     labels: Tensor,
     softcap: float | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
     *,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -36,23 +49,11 @@ def chunked_cross_entropy(
 
     Positions labelled -100 do not count; where all are, the loss is 0. ``labels`` are not shifted here. Products are
     in the autocast type (else the type of ``hidden``), everything after them in float32 (float64 for float64 input).
+    Where Triton is, logits and their slopes are kept in the type of the products, and one kernel takes them. ``chunk``
+    is the number of tokens at a time: without it 512, for the kernel as many as fill 128 to 256 MiB with logits.
     Gradients are computed in the forward pass, chunk by chunk, and scaled in the backward one.
     """
-    labels = labels.reshape(-1)
-    count = (labels != IGNORE).sum().clamp(min=1)
-
-    def chunk_loss(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-        ignored = (labels[rows] == IGNORE)[:, None]
-        target = labels[rows][:, None].masked_fill(ignored, 0)
-        norm = logits.logsumexp(1, keepdim=True)
-        loss = (norm - logits.gather(1, target)).masked_fill(ignored, 0).sum() / count
-        if not with_slope:
-            return loss, None
-        slope = (logits - norm).exp_()
-        slope.scatter_add_(1, target, torch.full_like(norm, -1))
-        return loss, slope.masked_fill_(ignored, 0).div_(count)
-
-    return through_head(hidden, Head(head_weight, bias, softcap), chunk_loss, chunk)
+    return _head_loss(hidden, Head(head_weight, bias, softcap), labels, Terms(softcap=softcap), None, chunk).total
 
 
 def chunked_divergence(
@@ -62,7 +63,7 @@ def chunked_divergence(
     teacher_head: Head,
     labels: Tensor,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int | None = None,
     kind: Divergence = "forward",
 ) -> Tensor:
     """Mean divergence between teacher and student at a temperature, times its square (Hinton et al. 2015).
@@ -70,62 +71,130 @@ def chunked_divergence(
     ``kind`` is ``forward``, KL(teacher || student), ``reverse``, KL(student || teacher), or ``jensen-shannon``, the
     mean of both against their average. ``hidden`` [..., D] and ``teacher_hidden`` [..., D'] go through their own heads;
     of a teacher's larger vocabulary the student's part counts, as a distribution of its own. Positions whose
-    ``labels`` are -100 do not count. The teacher gets no gradient. Precision as in chunked_cross_entropy.
+    ``labels`` are -100 do not count. The teacher gets no gradient. Precision and ``chunk`` as in chunked_cross_entropy.
     """
-    divergence = _DIVERGENCES[kind]
-    ignored = (labels == IGNORE).reshape(-1)
-    count = (~ignored).sum().clamp(min=1)
+    return chunked_head_loss(
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        labels,
+        temperature,
+        chunk,
+        kind,
+        cross_entropy_weight=0.0,
+        divergence_weight=1.0,
+    ).total
+
+
+def chunked_head_loss(
+    hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    labels: Tensor,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    kind: Divergence = "forward",
+    *,
+    cross_entropy_weight: float,
+    divergence_weight: float,
+) -> HeadLoss:
+    """chunked_cross_entropy and chunked_divergence in one pass through the student's head.
+
+    ``total`` is their sum with the weights given. A loss of weight 0 is not computed and is 0.
+    """
+    terms = Terms(
+        cross_entropy_weight,
+        divergence_weight,
+        kind,
+        temperature,
+        softcap=head.softcap,
+        teacher_softcap=teacher_head.softcap,
+    )
     taught = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     vocab = head.weight.shape[0]
-    dtype = _product_dtype(taught)
-    weight = teacher_head.weight[:vocab].detach().to(dtype)
     bias = None if teacher_head.bias is None else teacher_head.bias[:vocab].detach()
-
-    def chunk_loss(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-        skip = ignored[rows][:, None]
-        student = (logits / temperature).log_softmax(1)
-        teacher = (_logits(taught[rows].to(dtype), weight, bias, teacher_head.softcap) / temperature).log_softmax(1)
-        per_token, slope = divergence(student, teacher, with_slope)
-        loss = per_token.masked_fill(skip, 0).sum() * (temperature**2 / count)
-        return loss, None if slope is None else slope.masked_fill_(skip, 0).mul_(temperature / count)
-
-    return through_head(hidden, head, chunk_loss, chunk)
+    teacher = _Teacher(taught, teacher_head.weight[:vocab].detach(), bias, _product_dtype(taught))
+    return _head_loss(hidden, head, labels, terms, teacher, chunk)
 
 
-# Each takes log-probabilities log s and log t [n, V] and gives the divergence [n, 1] and its derivative by the
-# student's logits at temperature 1. A function f(s) of the softmax s has the derivative s (f' - sum_j s_j f'_j).
+@dataclass(frozen=True)
+class _Teacher:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
 
 
-def _forward(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    share = teacher.exp()
-    value = (share * (teacher - student)).sum(1, keepdim=True)
-    return value, student.exp_().sub_(share) if with_slope else None
+def through_head(hidden: Tensor, head: Head, loss: ChunkLoss, chunk: int = PLAIN_CHUNK) -> Tensor:
+    """The sum of a loss over chunks of tokens, each with logits [chunk, V] of its own, under their soft cap.
+
+    ``hidden`` is [..., D]. Precision and gradients as in chunked_cross_entropy; the slope that ``loss`` returns goes on
+    to ``hidden``, weight and bias.
+    """
+    softcap = head.softcap
+
+    def uncapped(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+        if softcap is None:
+            value, slope = loss(logits, rows, with_slope)
+        else:
+            logits = (logits / softcap).tanh_().mul_(softcap)
+            value, slope = loss(logits, rows, with_slope)
+            slope = None if slope is None else slope.mul_(1 - (logits / softcap).square_())
+        return value[None], slope
+
+    task = _Task(uncapped, (1.0,), chunk, _product_dtype(hidden), fused=False, grad=torch.is_grad_enabled())
+    return _ThroughHead.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, task)[0]
 
 
-def _reverse(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    share, gap = student.exp(), student - teacher
-    value = (share * gap).sum(1, keepdim=True)
-    return value, gap.sub_(value).mul_(share) if with_slope else None
+@dataclass(frozen=True)
+class _Task:
+    """What goes through the head beside tensors with gradients; ``dtype`` is that of the products.
+
+    ``loss`` gives the ``weights``' summands and the slope, by logits that are not capped yet: as the product wrote them
+    where it is ``fused``, else in float32 or float64.
+    """
+
+    loss: ChunkLoss
+    weights: tuple[float, ...]
+    chunk: int
+    dtype: torch.dtype
+    fused: bool
+    #: inside forward gradients are always off
+    grad: bool
 
 
-def _jensen_shannon(student: Tensor, teacher: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    middle = torch.logaddexp(student, teacher).sub_(math.log(2))
-    share, gap = student.exp(), student - middle
-    own = (share * gap).sum(1, keepdim=True)
-    value = (own + (teacher.exp() * (teacher - middle)).sum(1, keepdim=True)) / 2
-    return value, gap.sub_(own).mul_(share).div_(2) if with_slope else None
-
-
-_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen-shannon": _jensen_shannon}
-
-
-def through_head(hidden: Tensor, head: Head, chunk_loss: ChunkLoss, chunk: int) -> Tensor:
-    """Sum of ``chunk_loss`` over the logits of ``hidden`` [..., D], ``chunk`` rows at a time."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    # inside forward gradients are always off, so the question is asked here
-    grad = torch.is_grad_enabled()
+def _head_loss(
+    hidden: Tensor, head: Head, labels: Tensor, terms: Terms, teacher: _Teacher | None, chunk: int | None
+) -> HeadLoss:
     dtype = _product_dtype(hidden)
-    return _ThroughHead.apply(flat, head.weight, head.bias, head.softcap, chunk_loss, chunk, dtype, grad)
+    dtypes = [dtype] if teacher is None else [dtype, teacher.dtype]
+    fused = triton_usable(hidden) and torch.float64 not in dtypes
+    chunk = chunk or (_fused_chunk(len(head.weight), dtype) if fused else PLAIN_CHUNK)
+    labels = labels.reshape(-1)
+    count = (labels != IGNORE).sum().clamp(min=1)
+    theirs = None if teacher is None else teacher.weight.to(teacher.dtype)
+    carry_out = _implementation(fused)
+
+    def loss(logits: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+        taught = None
+        if teacher is not None and theirs is not None:
+            taught = _logits(teacher.hidden[rows].to(teacher.dtype), theirs, teacher.bias, fused)
+        entropy, divergence = carry_out(logits, labels[rows], count, terms, taught, with_slope=with_slope)
+        values = torch.stack([entropy.sum() / count, divergence.sum() * (terms.temperature**2 / count)])
+        # the logits hold their slope now
+        return values, logits if with_slope else None
+
+    weights = (terms.cross_entropy, terms.divergence)
+    task = _Task(loss, weights, chunk, dtype, fused, grad=torch.is_grad_enabled())
+    total, values = _ThroughHead.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, task)
+    return HeadLoss(total, *values)
+
+
+def _fused_chunk(vocab: int, dtype: torch.dtype) -> int:
+    """The power of two whose rows of logits fill between half of FUSED_BYTES and all of it."""
+    return 1 << max(FUSED_BYTES // (vocab * dtype.itemsize), 1).bit_length() - 1
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -133,65 +202,77 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits in float32 (float64 for float64 input)."""
+def _implementation(fused: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    if not fused:
+        return head_loss_reference
+    # imports Triton
+    from shearling.kernels.head_loss import head_loss
+
+    return head_loss
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    """Logits as the product wrote them for the kernel, else in float32 (float64 for float64 input)."""
+    if fused:
+        return hidden @ weight.T if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight.T)
     logits = hidden @ weight.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if bias is not None:
-        logits = logits + bias
-    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
+    return logits if bias is None else logits + bias
+
+
+def _add_product_(total: Tensor, slope: Tensor, states: Tensor) -> None:
+    """total [V, D] += slope^T states. On a GPU no product of that size is kept, and half precision sums in float32."""
+    if not slope.is_cuda:
+        total += slope.T @ states
+    elif slope.dtype == total.dtype:
+        total.addmm_(slope.T, states)
+    else:
+        torch.addmm(total, slope.T, states, out_dtype=total.dtype, out=total)
 
 
 class _ThroughHead(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        chunk_loss: ChunkLoss,
-        chunk: int,
-        dtype: torch.dtype,
-        grad: bool,
-    ) -> Tensor:
-        with_hidden, with_weight, with_bias = (grad and needed for needed in ctx.needs_input_grad[:3])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> tuple[Tensor, Tensor]:
+        with_hidden, with_weight, with_bias = (task.grad and needed for needed in ctx.needs_input_grad[:3])
         with_slope = with_hidden or with_weight or with_bias
+        dtype = task.dtype
         total_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=total_dtype, device=hidden.device)
+        values = torch.zeros(len(task.weights), dtype=total_dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=total_dtype) if with_weight else None
         grad_bias = torch.zeros_like(bias, dtype=total_dtype) if with_bias and bias is not None else None
         # products are cast by hand: under autocast the additions below would be cast too
         with torch.autocast(hidden.device.type, enabled=False):
             cast = weight.to(dtype)
-            for start in range(0, len(hidden), chunk):
-                rows = slice(start, min(start + chunk, len(hidden)))
+            for start in range(0, len(hidden), task.chunk):
+                rows = slice(start, min(start + task.chunk, len(hidden)))
                 states = hidden[rows].to(dtype)
-                logits = _logits(states, cast, bias, softcap)
-                value, slope = chunk_loss(logits, rows, with_slope)
-                loss += value
+                found, slope = task.loss(_logits(states, cast, bias, task.fused), rows, with_slope)
+                values += found
                 if slope is None:
                     continue
-                if softcap is not None:
-                    slope = slope.mul_(1 - (logits / softcap).square_())
                 if grad_bias is not None:
-                    grad_bias += slope.sum(0)
+                    grad_bias += slope.sum(0, dtype=total_dtype)
+                # the kernel's are of that type already
                 slope = slope.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] = slope @ cast
                 if grad_weight is not None:
-                    grad_weight += slope.T @ states
-        found = (grad_hidden, grad_weight, grad_bias)
-        ctx.save_for_backward(*(g for g in found if g is not None))
-        ctx.present = tuple(g is not None for g in found)
+                    _add_product_(grad_weight, slope, states)
+                # before the next chunk makes its own
+                del slope
+        grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.present = tuple(g is not None for g in grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return loss
+        ctx.mark_non_differentiable(values)
+        total = torch.stack([part * share for part, share in zip(values, task.weights, strict=True)]).sum()
+        return total, values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if present else None for present in ctx.present]
         scaled = (None if g is None else (g * grad_loss).to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None)

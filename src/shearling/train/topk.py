@@ -7,14 +7,14 @@ import math
 from torch import Tensor
 
 from shearling.train.head import Head
-from shearling.train.loss import IGNORE, through_head
+from shearling.train.loss import IGNORE, PLAIN_CHUNK, through_head
 
 #: least probability of the tokens that are not among the likeliest: rounded ones may add up to 1 or a little more
 REST_FLOOR = 1e-8
 
 
 def chunked_topk_divergence(
-    hidden: Tensor, head: Head, log_probs: Tensor, ids: Tensor, labels: Tensor, chunk: int = 512
+    hidden: Tensor, head: Head, log_probs: Tensor, ids: Tensor, labels: Tensor, chunk: int = PLAIN_CHUNK
 ) -> Tensor:
     """Mean KL(teacher || student) over the teacher's k likeliest tokens and one bucket of all others.
 
