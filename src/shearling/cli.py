@@ -59,16 +59,20 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="print plan.json instead of the table")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="how many torchrun would start")] = 1,
 ) -> None:
-    """Show what a recipe would make of its model, from the config alone."""
+    """Show what a recipe would make of its model, and the memory of its training, from the config alone."""
     from shearling.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
-    from shearling.methods.stages import preview_stage
+    from shearling.methods.stages import preview_stage, with_memory
     from shearling.models import empty_model
 
-    planned = preview_stage(empty_model(loaded.model, loaded.dtype), loaded.first, loaded.model)
+    model = empty_model(loaded.model, loaded.dtype)
+    planned = preview_stage(model, loaded.first, loaded.model)
+    if loaded.recover is not None:
+        planned = with_memory(loaded, planned, model, processes)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:

@@ -18,7 +18,7 @@ from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
 from shearling.events import OnEvent
 from shearling.export import save_model
-from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
+from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
@@ -27,7 +27,7 @@ from shearling.recipe import Evaluation, Full, LoRA, Recipe
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import cut_
-from shearling.train import Policy, TrainResult, TrainSettings, World, join, train
+from shearling.train import TrainResult, World, join, train
 from shearling.usage import Usage
 
 NEW_TOKENS = 48
@@ -238,29 +238,8 @@ class _Session:
         else:
             tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
             text = windows(tokens, None, stage.length, seed=recipe.seed)
-        settings = TrainSettings(
-            tokens=stage.tokens,
-            length=stage.length,
-            batch=stage.batch,
-            micro_batch=min(stage.micro_batch, stage.batch),
-            learning_rate=stage.learning_rate,
-            warmup=stage.warmup,
-            schedule=stage.schedule,
-            log_every=1,
-            checkpoint_every=stage.checkpoint_every,
-            recompute=stage.recompute,
-            compile=stage.compile,
-            validate_every=stage.validate_every,
-            keep=stage.keep,
-            seed=recipe.seed,
-        )
-        policies: list[Policy] = []
-        if isinstance(stage, Full):
-            # an optimizer's small steps vanish in half precision
-            model = model.float()
-        else:
-            ranks = allocate_ranks(_shares(outcome.plan, stage.ranks), stage.mean_rank, stage.ranks)
-            policies.append(LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank))
+        settings = recovery_settings(recipe, stage)
+        model, policies = made_trainable(stage, model, outcome.plan)
 
         def tell(event: dict[str, Any]) -> None:
             if self.world.first:
@@ -332,11 +311,3 @@ def _calibration(recipe: Recipe, tokenizer: Any) -> Tensor:
     wish = recipe.calibration
     tokens = corpus_tokens(wish.text, tokenizer, max_tokens=wish.sequences * wish.length)
     return windows(tokens, wish.sequences, wish.length)
-
-
-def _shares(plan: Plan, ranks: str) -> list[float]:
-    """What ranks are shared out by: importance, or the share of its channels that a block lost."""
-    if ranks == "damaged":
-        pairs = zip(plan.anatomy_before.shapes, plan.anatomy_after.shapes, strict=True)
-        return [1 - after.ffn / before.ffn for before, after in pairs]
-    return list(plan.importance) or [1.0] * plan.anatomy_after.num_layers

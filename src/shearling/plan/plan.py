@@ -23,8 +23,8 @@ class Masked:
 class Plan:
     """Sizes and block shapes before and after, who loads the result, and what making it costs.
 
-    ``importance`` has one number a block, empty where nothing was measured. ``estimate`` holds ``seconds`` and
-    ``peak_bytes`` where they are known. Masks change no size: ``masked`` counts them.
+    ``importance`` has one number a block, empty where nothing was measured. ``estimate`` holds the
+    ``peak_bytes`` of training where they are known. Masks change no size: ``masked`` counts them.
     """
 
     model: str
@@ -71,6 +71,8 @@ class Plan:
             of, kept = f"{self.masked.of:,}", f"{self.masked.kept:,}"
             rows.append((f"weights under the masks ({self.masked.pattern})", of, kept, f"{share:.3f}"))
         count = [self.anatomy_before.num_layers, self.anatomy_after.num_layers]
+        if "peak_bytes" in self.estimate:
+            rows.append(("memory of training, estimated", "", f"{self.estimate['peak_bytes'] / 2**30:.1f} GiB", ""))
         rows.append(("layers", str(count[0]), str(count[1]), f"{count[1] / count[0]:.3f}"))
         return rows
 

@@ -1,0 +1,80 @@
+"""From a recipe's recovery to what the training loop is told, and the memory that it will take."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from shearling.anatomy import anatomy_of
+from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
+from shearling.plan import Plan, Structure
+from shearling.recipe import Full, LoRA, Recipe
+from shearling.surgery import cut_
+from shearling.train import Policy, TrainSettings
+from shearling.train.memory import Memory, training_memory
+
+
+def recovery_settings(recipe: Recipe, stage: LoRA | Full) -> TrainSettings:
+    """What the training loop is told."""
+    return TrainSettings(
+        tokens=stage.tokens,
+        length=stage.length,
+        batch=stage.batch,
+        micro_batch=min(stage.micro_batch, stage.batch),
+        learning_rate=stage.learning_rate,
+        warmup=stage.warmup,
+        schedule=stage.schedule,
+        log_every=1,
+        checkpoint_every=stage.checkpoint_every,
+        recompute=stage.recompute,
+        compile=stage.compile,
+        validate_every=stage.validate_every,
+        keep=stage.keep,
+        seed=recipe.seed,
+    )
+
+
+def made_trainable(stage: LoRA | Full, model: Any, plan: Plan) -> tuple[Any, list[Policy]]:
+    """The cut model in the precision it is trained in, and the policies that say which of its parameters are."""
+    if isinstance(stage, Full):
+        # an optimizer's small steps vanish in half precision
+        return model.float(), []
+    ranks = allocate_ranks(_shares(plan, stage.ranks), stage.mean_rank, stage.ranks)
+    return model, [LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank)]
+
+
+def recovery_memory(
+    recipe: Recipe, stage: LoRA | Full, dense: Any, planned: Plan, *, compute: torch.dtype | None, processes: int = 1
+) -> Memory:
+    """Memory of a recovery, from the ``dense`` model's shapes (it may be on meta) and the plan of its cut.
+
+    ``compute`` is the type of products, None the weights' own.
+    """
+    model = copy.deepcopy(dense)
+    shapes = planned.anatomy_after.shapes
+    cut_(model, [Structure({f"ffn.{layer}": tuple(range(shape.ffn)) for layer, shape in enumerate(shapes)})])
+    model, policies = made_trainable(stage, model, planned)
+    teaches = bool(stage.distill or stage.layerwise) and stage.teacher_cache is None and stage.teacher is None
+    itemsize = getattr(torch, stage.teacher_dtype or recipe.dtype).itemsize
+    own = sum(p.numel() * p.element_size() for p in dense.parameters())
+    # the dense model stays for the comparison afterwards; in another precision it teaches as a copy
+    beside = own if not teaches or itemsize != next(dense.parameters()).element_size() else 0
+    return training_memory(
+        model,
+        recovery_settings(recipe, stage),
+        policies,
+        compute=compute,
+        teacher=dense.to(getattr(torch, stage.teacher_dtype or recipe.dtype)) if teaches else None,
+        processes=processes,
+        beside=beside,
+    )
+
+
+def _shares(plan: Plan, ranks: str) -> list[float]:
+    """What ranks are shared out by: importance, or the share of its channels that a block lost."""
+    if ranks == "damaged":
+        pairs = zip(plan.anatomy_before.shapes, plan.anatomy_after.shapes, strict=True)
+        return [1 - after.ffn / before.ffn for before, after in pairs]
+    return list(plan.importance) or [1.0] * plan.anatomy_after.num_layers

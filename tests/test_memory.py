@@ -1,0 +1,109 @@
+"""The memory that a training step is said to take, beside what it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from shearling.anatomy import anatomy_of
+from shearling.methods.ig_lora import LoRAPolicy
+from shearling.methods.stages import preview_stage, with_memory
+from shearling.models import empty_model
+from shearling.recipe import load_recipe
+from shearling.train import Distillation, TrainSettings, train
+from shearling.train.memory import training_memory
+from tests.tiny import tiny_model, tiny_tokens
+
+LENGTH = 128
+LLAMA3_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+SIZES: dict[str, dict[str, int]] = {
+    "llama": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "vocab_size": 997},
+    "gpt2": {"n_embd": 128, "n_inner": 512, "n_layer": 6, "vocab_size": 997},
+}
+
+
+class Living(TorchDispatchMode):
+    """Bytes of all tensors that are alive, and their greatest number."""
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                self._meet(tensor)
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor):
+                self._meet(leaf)
+        return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"micro_batch": 8}], ids=["parts", "recomputed", "whole"])
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind: str) -> None:
+    model, teacher = (tiny_model(family, seed, **SIZES[family]) for seed in (0, 1))
+    settings = TrainSettings(tokens=3 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-4)
+    settings = dataclasses.replace(settings, **changes)
+
+    def policies() -> list[Any]:
+        return [LoRAPolicy(anatomy_of(model.config), [4] * 6)] if kind == "lora" else []
+
+    expected = training_memory(model, settings, policies(), teacher=teacher)
+    living = Living(model, teacher)
+    with living:
+        train(model, tiny_tokens(24, LENGTH, seed=5), [*policies(), Distillation(teacher)], settings)
+    assert expected.peak == pytest.approx(living.peak, rel=0.15)
+
+
+def test_a_large_model_is_estimated_from_its_config() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LLAMA3_8B, dtype=torch.float32)
+    settings = TrainSettings(tokens=1 << 20, length=1024, batch=32, micro_batch=1, recompute=True)
+    alone = training_memory(model, settings, compute=torch.bfloat16)
+    parameters = sum(p.numel() for p in model.parameters())
+    # weights, gradients and two moments in float32
+    assert alone.weights + alone.gradients + alone.optimizer == 16 * parameters
+    eight = training_memory(model, settings, compute=torch.bfloat16, processes=8)
+    assert eight.gradients == 4 * parameters // 8 and eight.activations == alone.activations
+    assert alone.peak / 8 < eight.peak < alone.peak / 4
+    assert next(model.parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize(("recipe", "processes"), [("cfsp-llama3-8b", 1), ("cfsp-llama3-8b-full", 8)])
+def test_large_recipes_fit_what_they_are_written_for(recipe: str, processes: int, tmp_path: Path) -> None:
+    LLAMA3_8B.save_pretrained(tmp_path)
+    loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model={tmp_path}"])
+    model = empty_model(loaded.model, loaded.dtype)
+    plan = with_memory(loaded, preview_stage(model, loaded.first, loaded.model), model, processes)
+    assert 20 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30
+    assert ("memory of training, estimated", "", f"{plan.estimate['peak_bytes'] / 2**30:.1f} GiB", "") in plan.rows()
