@@ -234,6 +234,8 @@ def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     for stage in content["stages"]:
         if stage["stage"] == "recover":
             stage.update({**changes, "tokens": 256})
+            if "validation" in stage:
+                stage.update(validation=changes["text"], validation_windows=2, validate_every=1)
         stage.pop("round_to", None)
         if "sampled" in stage:
             stage["sampled"] = 2

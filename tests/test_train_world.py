@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from shearling.recipe import load_recipe
 from shearling.run import run
-from tests.test_run import make_recipe
+from tests.test_run import made_small
 from tests.world_child import KINDS, carry_out
 
 ROOT = Path(__file__).parents[1]
@@ -82,13 +83,10 @@ def test_a_killed_pair_resumes_as_a_pair_to_the_bit_and_alone_within_tolerance(
 
 def test_the_twin_of_a_large_recipe_under_torchrun_ends_as_in_one_process(tmp_path: Path) -> None:
     """All that recipes/cfsp-llama3-8b-full.yaml says, but for a tiny model, few tokens, and no compiler."""
-    large = load_recipe(ROOT / "recipes" / "cfsp-llama3-8b-full.yaml")
-    stages = [stage.model_dump(mode="json") for stage in large.stages]
-    text = str(tmp_path / "recovery.txt")
-    stages[0] |= {"round_to": 8}
-    stages[1] |= {"text": text, "validation": text, "tokens": 1536, "length": 32, "batch": 8, "learning_rate": 0.01}
-    stages[1] |= {"validation_windows": 3, "validate_every": 2, "checkpoint_every": 2, "compile": False}
-    recipe = make_recipe(tmp_path, stages=stages)
+    content = made_small(yaml.safe_load((ROOT / "recipes" / "cfsp-llama3-8b-full.yaml").read_text()), tmp_path)
+    content["stages"][1] |= {"batch": 8, "tokens": 1536, "learning_rate": 0.01, "checkpoint_every": 2, "compile": False}
+    recipe = tmp_path / "twin.yaml"
+    recipe.write_text(yaml.safe_dump(content))
     alone = run(load_recipe(recipe), tmp_path / "alone")
     command = [*LAUNCH, "-m", "shearling.cli", "run", str(recipe), "--out", str(tmp_path / "pair")]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
