@@ -149,8 +149,8 @@ class Sparsify(_Strict):
     #: N:M along the input, or ``unstructured``: a share of each row
     pattern: str = "2:4"
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    #: inputs are measured in the model pruned so far, or in the dense one
-    statistics: Literal["sequential", "dense"] = "sequential"
+    #: inputs are measured with everything before them pruned, with the blocks before them pruned, or in the dense model
+    statistics: Literal["sequential", "block", "dense"] = "sequential"
     damping: Annotated[float, Field(gt=0)] = 0.01
     reconstruct: Reconstruct | None = None
 

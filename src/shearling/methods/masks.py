@@ -1,7 +1,8 @@
 """One-shot masks, block after block: from a model and calibration text to Masks and the values that go with them.
 
 Within a block the linears are pruned in the order in which a token meets them. With sequential statistics each group of
-linears that reads one input is measured after all before it are pruned, with dense ones the whole block at once.
+linears that reads one input is measured after all before it are pruned; else the whole block is measured at once, with
+"block" on what the pruned blocks before it wrote, with "dense" on what the dense ones did.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shearling.anatomy import anatomy_of
+from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.methods.projections import as_out_in
 from shearling.methods.reconstruct import reconstruct_
@@ -54,9 +56,9 @@ def plan_masks(
     store = Store(None)
     if state_dir is not None:
         store = Store(state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16])
-    sequential, trained = settings.statistics == "sequential", settings.reconstruct is not None
-    dense = walk.enter() if trained or not sequential else None
-    edited = walk.enter() if trained or sequential else None
+    follow, trained = settings.statistics != "dense", settings.reconstruct is not None
+    dense = walk.enter() if trained or not follow else None
+    edited = walk.enter() if trained or follow else None
     masks: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for layer in range(len(walk.blocks)):
@@ -68,7 +70,7 @@ def plan_masks(
                 take_values_(stand_in, finished)
                 own = {name.removeprefix("mask/"): t for name, t in finished.items() if name.startswith("mask/")}
             else:
-                states = edited if sequential else dense
+                states = edited if follow else dense
                 assert states is not None
                 own, damping = _prune_(walk, layer, stand_in, block, states, settings, pattern)
                 if damping > settings.damping and on_event is not None:
@@ -170,5 +172,12 @@ def _measured(
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of some linears of a block, the states left as they are."""
     moments = {name: Moments(gram=settings.method == "sparsegpt") for name in names}
-    walk.advance(layer, states, block=block, taps=moments, out=torch.empty_like(states))
-    return {name: found.result() for name, found in moments.items()}
+    walk.read(layer, states, moments, block)
+    found = {name: collected.result() for name, collected in moments.items()}
+    for name, statistics in found.items():
+        if not torch.isfinite(statistics.norm).all():
+            raise ShearlingError(
+                f"{walk.anatomy.path(layer, name)}: its inputs are not finite on the calibration text; look for NaN or "
+                "overflow in its weights, or use dtype float32 or bfloat16"
+            )
+    return found

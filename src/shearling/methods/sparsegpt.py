@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shearling.errors import ShearlingError
-from shearling.plan.patterns import Pattern, row_mask
+from shearling.plan.patterns import Pattern, highest, num_kept
 
 #: columns that are settled before the rest of the matrix is brought up to date (B in Algorithm 1)
 BLOCK = 128
@@ -35,53 +35,56 @@ class Sparse(NamedTuple):
 def sparsegpt(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern | float, damping: float = 0.01) -> Sparse:
     """Prune a weight to an N:M pattern, or to a share of each row, with its inputs' Gram matrix.
 
-    Everything runs in float64 but the sweep itself (float32 for weights of less). Inputs that never fired lose their
-    weights. Raises ShearlingError where the Gram matrix stays singular after damping was raised, step by step.
+    The factorisation runs in float64, the sweep in float32 for weights of less. Inputs that never fired lose their
+    weights. A share is met in every row, and in every block of columns as near as whole numbers allow. Raises
+    ShearlingError where the Gram matrix stays singular after damping was raised, step by step.
     """
     weight = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32)).clone()
     inputs = weight.shape[1]
-    if isinstance(pattern, Pattern):
-        pattern.check(inputs)
-    gram = gram_II.double()
-    dead = gram.diagonal() == 0
-    weight[:, dead] = 0
-    factor, damping = inverse_factor(gram, damping)
+    kept = num_kept(pattern, inputs)
+    weight[:, gram_II.diagonal() == 0] = 0
+    factor, damping = inverse_factor(gram_II, damping)
     factor = factor.to(weight.dtype)
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     step = BLOCK if isinstance(pattern, float) else max(1, BLOCK // pattern.of) * pattern.of
     for start in range(0, inputs, step):
-        block = slice(start, min(start + step, inputs))
-        corner = factor[block, block]
-        part, errors = weight[:, block], torch.empty_like(weight[:, block])
-        diagonal = corner.diagonal()
+        stop = min(start + step, inputs)
+        corner, diagonal = factor[start:stop, start:stop], factor.diagonal()[start:stop]
+        # columns as rows, so that each lies in one piece
+        part = weight[:, start:stop].T.contiguous()
+        stays, errors = torch.empty_like(part, dtype=torch.bool), torch.empty_like(part)
         if isinstance(pattern, float):
-            mask[:, block] = row_mask((part / diagonal).square(), pattern)
-        for column in range(part.shape[1]):
+            score = (part / diagonal[:, None]).square()
+            stays = highest(score.T, kept * stop // inputs - kept * start // inputs).T.contiguous()
+        for column in range(len(part)):
             if isinstance(pattern, Pattern) and column % pattern.of == 0:
                 group = slice(column, column + pattern.of)
-                mask[:, block][:, group] = pattern.mask((part[:, group] / diagonal[group]).square())
-            value = part[:, column]
-            gone = torch.where(mask[:, block][:, column], 0.0, value) / diagonal[column]
-            part[:, column:] -= gone[:, None] * corner[column, column:]
-            errors[:, column] = gone
-        weight[:, block.stop :] -= errors @ factor[block, block.stop :]
-    weight = torch.where(mask, weight, 0.0)
+                score = (part[group] / diagonal[group, None]).square()
+                stays[group] = highest(score.T, pattern.keep).T
+            gone = part[column].masked_fill(stays[column], 0.0).div_(diagonal[column])
+            part[column:].addr_(corner[column, column:], gone, alpha=-1)
+            errors[column] = gone
+        weight[:, start:stop] = part.masked_fill_(~stays, 0.0).T
+        mask[:, start:stop] = stays.T
+        weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
     return Sparse(weight.to(weight_OI.dtype), mask, damping)
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """U with U^T U = (H + lam I)^-1, float64, and the share of the mean diagonal that lam had to be."""
-    gram = gram_II.double()
-    mean = gram.diagonal().mean()
+    mean = gram_II.diagonal().mean(dtype=torch.float64)
     if not torch.isfinite(mean) or mean <= 0:
         raise ShearlingError("sparsegpt: the inputs of a linear are all zero or not finite on the calibration text")
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     shares = [damping * RAISE**attempt for attempt in range(TRIES)]
     for share in shares:
-        lower, info = torch.linalg.cholesky_ex(gram + share * mean * identity)
+        # as few large matrices at a time as can be
+        matrix = gram_II.to(torch.float64, copy=True)
+        matrix.diagonal().add_(share * mean)
+        matrix, info = torch.linalg.cholesky_ex(matrix)
         if info.item():
             continue
-        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        matrix = torch.cholesky_inverse(matrix)
+        matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
         if not info.item():
-            return upper, share
+            return matrix, share
     raise ShearlingError(f"sparsegpt: the Gram matrix is singular even at damping {shares[-1]:g}; use more text")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 
 from shearling.errors import ShearlingError
 from shearling.recipe import pattern_numbers
+
+#: up to so many scores, comparing each with each is faster than sorting
+PAIRWISE = 8
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Pattern:
         Raises ShearlingError where the groups do not fill the inputs.
         """
         self.check(score_OI.shape[1])
-        return _highest(score_OI.unflatten(1, (-1, self.of)), self.keep).flatten(1)
+        return highest(score_OI.unflatten(1, (-1, self.of)), self.keep).flatten(1)
 
     def check(self, inputs: int) -> None:
         """ShearlingError unless groups of ``of`` fill ``inputs``."""
@@ -47,7 +52,7 @@ class Pattern:
 
 def row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
     """Unstructured: each output loses the same whole number of its weights, bool [O, I]; ties as in ``Pattern``."""
-    return _highest(score_OI, num_kept(sparsity, score_OI.shape[1]))
+    return highest(score_OI, num_kept(sparsity, score_OI.shape[1]))
 
 
 def num_kept(pattern: Pattern | float, inputs: int) -> int:
@@ -61,7 +66,19 @@ def num_kept(pattern: Pattern | float, inputs: int) -> int:
     return inputs // pattern.of * pattern.keep
 
 
-def _highest(score: Tensor, keep: int) -> Tensor:
-    """True at the ``keep`` highest scores along the last dimension."""
+def highest(score: Tensor, keep: int) -> Tensor:
+    """True at the ``keep`` highest scores along the last dimension; of equal ones at the first."""
+    if score.shape[-1] <= PAIRWISE:
+        return torch.stack(highest_of(score.unbind(-1), keep), -1)
     order = score.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
     return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(-1, order, True)
+
+
+def highest_of(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """Where each of several tensors is among the ``keep`` highest; of equal ones the first. For few tensors."""
+    ranks = [torch.zeros(scores[0].shape, dtype=torch.uint8, device=scores[0].device) for _ in scores]
+    for first, second in itertools.combinations(range(len(scores)), 2):
+        beaten = scores[second] > scores[first]
+        ranks[first] += beaten
+        ranks[second] += ~beaten
+    return [rank < keep for rank in ranks]

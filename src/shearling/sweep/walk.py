@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -109,6 +109,26 @@ class Walk:
             )
         return out
 
+    def read(self, layer: int, states: Tensor, taps: Mapping[str, Tap], block: nn.Module | None = None) -> None:
+        """Let taps read the inputs of linears inside a block; a pass ends with the last one, and no state changes."""
+        module = self.blocks[layer] if block is None else block
+        left: set[str] = set()
+
+        def reading(name: str, tap: Tap) -> Tap:
+            def read(x: Tensor) -> None:
+                tap(x)
+                left.discard(name)
+                if not left:
+                    raise _AllRead
+
+            return read
+
+        with tapped(module, {name: reading(name, tap) for name, tap in taps.items()}):
+            for rows in self.slices():
+                left.update(taps)
+                with suppress(_AllRead):
+                    self.run(layer, states[rows], module)
+
     @contextmanager
     def on_device(self, layer: int) -> Iterator[nn.Module]:
         """The block with its tensors on the device; its own come back unchanged."""
@@ -121,6 +141,10 @@ class Walk:
         finally:
             for tensor, data in own:
                 tensor.data = data
+
+
+class _AllRead(Exception):
+    """Every tap has read what it wanted of a pass."""
 
 
 @contextmanager
