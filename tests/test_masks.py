@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.export import save_model
 from shearling.methods.masks import plan_masks, preview_masks
-from shearling.methods.sparsegpt import inverse_factor, sparsegpt
+from shearling.methods.sparsegpt import inverse_factor, invert_triangular_, sparsegpt
 from shearling.methods.wanda import wanda_score
 from shearling.plan import Masks, load_edits, save_edits
 from shearling.plan.patterns import Pattern, row_mask
@@ -115,6 +116,18 @@ def test_sparsegpt_loses_less_than_wanda_and_magnitude() -> None:
     wanda = error(weight * pattern.mask(wanda_score(weight, x.norm(dim=0))))
     assert error(sparsegpt(weight, x.T @ x, pattern).weight) < 0.7 * wanda
     assert wanda < error(weight * pattern.mask(weight.abs()))
+
+
+@given(st.integers(1, 400), st.integers(0, 1000))
+@hypothesis_settings(max_examples=20, deadline=None)
+def test_triangular_matrices_are_inverted(size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.randn(size, size, dtype=torch.float64, generator=generator).triu() / size
+    upper.diagonal().add_(1)
+    inverse = upper.clone()
+    invert_triangular_(inverse)
+    torch.testing.assert_close(inverse @ upper, torch.eye(size, dtype=torch.float64))
+    assert not inverse.tril(-1).any()
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])

@@ -71,20 +71,36 @@ def sparsegpt(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern | float, damp
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U with U^T U = (H + lam I)^-1, float64, and the share of the mean diagonal that lam had to be."""
+    """U with U^T U = (H + lam I)^-1, float64, and the share of the mean diagonal that lam had to be.
+
+    Read backwards H is L L^T, so H = V V^T with V upper triangular, and U = V^-1: one factorisation, no inverse of H.
+    """
     mean = gram_II.diagonal().mean(dtype=torch.float64)
     if not torch.isfinite(mean) or mean <= 0:
         raise ShearlingError("sparsegpt: the inputs of a linear are all zero or not finite on the calibration text")
     shares = [damping * RAISE**attempt for attempt in range(TRIES)]
     for share in shares:
-        # as few large matrices at a time as can be
-        matrix = gram_II.to(torch.float64, copy=True)
-        matrix.diagonal().add_(share * mean)
-        matrix, info = torch.linalg.cholesky_ex(matrix)
-        if info.item():
-            continue
-        matrix = torch.cholesky_inverse(matrix)
-        matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
+        backwards = gram_II.double().flip(0, 1)
+        backwards.diagonal().add_(share * mean)
+        lower, info = torch.linalg.cholesky_ex(backwards)
         if not info.item():
-            return matrix, share
+            del backwards
+            upper = lower.flip(0, 1)
+            del lower
+            invert_triangular_(upper)
+            return upper, share
     raise ShearlingError(f"sparsegpt: the Gram matrix is singular even at damping {shares[-1]:g}; use more text")
+
+
+def invert_triangular_(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves: nearly all of it is matrix products."""
+    size = len(upper)
+    if size <= BLOCK:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
+        return
+    half = size // 2
+    first, corner, second = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    invert_triangular_(first)
+    invert_triangular_(second)
+    corner.copy_(first @ corner @ second).neg_()
