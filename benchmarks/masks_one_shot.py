@@ -29,9 +29,12 @@ def methods(pattern: str, steps: int) -> dict[str, Sparsify]:
     return {
         "magnitude": Sparsify(method="magnitude", pattern=pattern),
         "wanda, dense statistics": Sparsify(method="wanda", pattern=pattern, statistics="dense"),
+        "wanda, statistics by block": Sparsify(method="wanda", pattern=pattern, statistics="block"),
         "wanda": Sparsify(method="wanda", pattern=pattern),
         "sparsegpt, dense statistics": Sparsify(method="sparsegpt", pattern=pattern, statistics="dense"),
         "sparsegpt": Sparsify(method="sparsegpt", pattern=pattern),
+        "alps": Sparsify(method="alps", pattern=pattern),
+        "alps, reconstructed": Sparsify(method="alps", pattern=pattern, reconstruct=train),
         "sparsegpt, reconstructed": Sparsify(method="sparsegpt", pattern=pattern, reconstruct=train),
     }
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.export import save_model
+from shearling.methods.alps import alps
 from shearling.methods.masks import plan_masks, preview_masks
 from shearling.methods.sparsegpt import inverse_factor, invert_triangular_, sparsegpt
 from shearling.methods.wanda import wanda_score
@@ -137,6 +138,54 @@ def test_a_share_is_met_in_every_row_though_blocks_round(sparsity: float) -> Non
     assert (mask.sum(1) == 576 - round(sparsity * 576)).all()
 
 
+def best_of_all(weight: np.ndarray, gram: np.ndarray) -> float:
+    """Least error of a row over all masks 2:4, each with the values that least squares gives it."""
+    groups = [list(itertools.combinations(range(start, start + 4), 2)) for start in range(0, len(weight), 4)]
+    found = np.inf
+    for pairs in itertools.product(*groups):
+        stays = np.array(sorted(itertools.chain(*pairs)))
+        values = np.linalg.solve(gram[np.ix_(stays, stays)], gram[stays] @ weight)
+        gap = -weight.copy()
+        gap[stays] += values
+        found = min(found, float(gap @ gram @ gap))
+    return found
+
+
+def test_alps_comes_nearer_to_the_best_of_all_masks_than_sparsegpt() -> None:
+    excess: dict[Any, float] = {alps: 0.0, sparsegpt: 0.0}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+        x = x @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
+        weight = torch.randn(8, 12, generator=generator, dtype=torch.float64)
+        gram = x.T @ x
+        best = sum(best_of_all(row, gram.numpy()) for row in weight.numpy())
+        for method in excess:
+            gap = method(weight, gram, Pattern(2, 4), damping=1e-9).weight - weight
+            error = float((gap @ gram * gap).sum())
+            assert error >= best * (1 - 1e-9)
+            excess[method] += error / best - 1
+    assert excess[alps] < 0.5 * excess[sparsegpt]
+
+
+def test_alps_leaves_least_squares_on_what_stays() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 48, generator=generator, dtype=torch.float64)
+    x[:, 5] = 0
+    weight = torch.randn(4, 48, generator=generator, dtype=torch.float64)
+    found = alps(weight, x.T @ x, 0.5)
+    assert (found.mask.sum(1) == 24).all() and (found.weight[:, 5] == 0).all()
+    gram = x.T @ x
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    dense = weight.clone()
+    dense[:, 5] = 0
+    for row, mask, value in zip(dense, found.mask, found.weight, strict=True):
+        expected = torch.linalg.solve(gram[mask][:, mask], gram[mask] @ row)
+        torch.testing.assert_close(value[mask], expected, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ShearlingError, match="all zero or not finite"):
+        alps(weight, torch.zeros(48, 48), 0.5)
+
+
 def test_damping_rises_and_is_told() -> None:
     gram = torch.zeros(8, 8, dtype=torch.float64)
     gram[0, 0] = 1.0
@@ -180,6 +229,8 @@ def linears(model: Any) -> dict[str, torch.Tensor]:
         Sparsify(method="sparsegpt", pattern="4:8"),
         Sparsify(method="sparsegpt", statistics="dense", reconstruct=Reconstruct(steps=3)),
         Sparsify(method="wanda", pattern="unstructured", sparsity=0.25),
+        Sparsify(method="alps", pattern="1:4"),
+        Sparsify(method="alps", pattern="unstructured", sparsity=0.25, statistics="block"),
     ],
     ids=lambda s: f"{s.method}-{s.pattern}-{s.statistics}",
 )

@@ -88,7 +88,7 @@ def cut(
     method: Annotated[str, typer.Option(help="cfsp, shearling, wanda-sp, flap, magnitude, random")] = "cfsp",
     sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
     pattern: Annotated[
-        str | None, typer.Option(help="masks instead: N:M or unstructured, by magnitude, wanda or sparsegpt")
+        str | None, typer.Option(help="masks instead: N:M or unstructured, by magnitude, wanda, sparsegpt or alps")
     ] = None,
     of: Annotated[str, typer.Option(help="of what: ffn, parameters or bytes")] = "ffn",
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,

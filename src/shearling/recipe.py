@@ -145,7 +145,7 @@ class Sparsify(_Strict):
     """One-shot masks over all linears of the blocks; no shape changes."""
 
     stage: Literal["sparsify"] = "sparsify"
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = "sparsegpt"
     #: N:M along the input, or ``unstructured``: a share of each row
     pattern: str = "2:4"
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5

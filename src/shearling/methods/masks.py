@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,19 @@ from torch import Tensor, nn
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
+from shearling.methods.alps import alps
 from shearling.methods.projections import as_out_in
 from shearling.methods.reconstruct import reconstruct_
-from shearling.methods.sparsegpt import Sparse, sparsegpt
+from shearling.methods.sparse import Sparse
+from shearling.methods.sparsegpt import sparsegpt
 from shearling.methods.wanda import wanda_score
 from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_of, plan_of
 from shearling.plan.patterns import Pattern, num_kept, row_mask
 from shearling.recipe import UNSTRUCTURED, Sparsify
 from shearling.sweep import InputStatistics, Moments, Store, Walk, block_tensors, fingerprint, take_values_
+
+#: methods that give the weights that stay new values, from the inputs' Gram matrix
+SOLVERS: dict[str, Callable[[Tensor, Tensor, Pattern | float, float], Sparse]] = {"sparsegpt": sparsegpt, "alps": alps}
 
 
 def plan_masks(
@@ -90,7 +95,7 @@ def plan_masks(
                 walk.advance(layer, edited, block=stand_in)
             dense = target
             masks |= {anatomy.path(layer, name): mask.cpu() for name, mask in own.items()}
-            if trained or settings.method == "sparsegpt":
+            if trained or settings.method in SOLVERS:
                 changed = {n: p for n, p in stand_in.named_parameters() if trained or n in own}
                 values |= {anatomy.path(layer, name): p.detach().cpu() for name, p in changed.items()}
         if on_event is not None:
@@ -155,9 +160,9 @@ def _prune_(
 
 def _pruned(weight: Tensor, inputs: InputStatistics | None, settings: Sparsify, pattern: Pattern | float) -> Sparse:
     """New values and mask of one weight [out, in]."""
-    if settings.method == "sparsegpt":
+    if settings.method in SOLVERS:
         assert inputs is not None and inputs.gram is not None
-        return sparsegpt(weight, inputs.gram.to(weight.device), pattern, settings.damping)
+        return SOLVERS[settings.method](weight, inputs.gram.to(weight.device), pattern, settings.damping)
     if settings.method == "wanda":
         assert inputs is not None
         score = wanda_score(weight, inputs.norm.to(weight.device))
@@ -171,7 +176,7 @@ def _measured(
     walk: Walk, layer: int, block: nn.Module, states: Tensor, names: Sequence[str], settings: Sparsify
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of some linears of a block, the states left as they are."""
-    moments = {name: Moments(gram=settings.method == "sparsegpt") for name in names}
+    moments = {name: Moments(gram=settings.method in SOLVERS) for name in names}
     walk.read(layer, states, moments, block)
     found = {name: collected.result() for name, collected in moments.items()}
     for name, statistics in found.items():

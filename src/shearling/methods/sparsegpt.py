@@ -10,26 +10,17 @@ Masks are chosen where the sweep stands, on weights that earlier columns have al
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from shearling.errors import ShearlingError
+from shearling.methods.sparse import Sparse
 from shearling.plan.patterns import Pattern, highest, num_kept
 
 #: columns that are settled before the rest of the matrix is brought up to date (B in Algorithm 1)
 BLOCK = 128
 #: factor and number of steps by which damping rises where a factorisation fails
 RAISE, TRIES = 10.0, 4
-
-
-class Sparse(NamedTuple):
-    """New ``weight`` [O, I] in the old dtype, ``mask`` of what stays, and the ``damping`` that was needed."""
-
-    weight: Tensor
-    mask: Tensor
-    damping: float
 
 
 def sparsegpt(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern | float, damping: float = 0.01) -> Sparse:
