@@ -165,7 +165,7 @@ def test_alps_comes_nearer_to_the_best_of_all_masks_than_sparsegpt() -> None:
             error = float((gap @ gram * gap).sum())
             assert error >= best * (1 - 1e-9)
             excess[method] += error / best - 1
-    assert excess[alps] < 0.5 * excess[sparsegpt]
+    assert excess[alps] < 0.2 * excess[sparsegpt]
 
 
 def test_alps_leaves_least_squares_on_what_stays() -> None:
@@ -173,7 +173,9 @@ def test_alps_leaves_least_squares_on_what_stays() -> None:
     x = torch.randn(200, 48, generator=generator, dtype=torch.float64)
     x[:, 5] = 0
     weight = torch.randn(4, 48, generator=generator, dtype=torch.float64)
-    found = alps(weight, x.T @ x, 0.5)
+    given_gram = x.T @ x
+    found = alps(weight, given_gram, 0.5)
+    assert torch.equal(given_gram, x.T @ x)
     assert (found.mask.sum(1) == 24).all() and (found.weight[:, 5] == 0).all()
     gram = x.T @ x
     gram += 0.01 * gram.diagonal().mean() * torch.eye(48, dtype=torch.float64)

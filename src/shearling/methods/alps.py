@@ -31,7 +31,7 @@ def alps(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern | float, damping: 
     The decomposition of H runs in float64, everything else in float32 at least. Inputs that never fired lose their
     weights. Raises ShearlingError for a Gram matrix that is zero or not finite.
     """
-    gram = gram_II.double()
+    gram = gram_II.to(torch.float64, copy=True)
     mean = gram.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise ShearlingError("alps: the inputs of a linear are all zero or not finite on the calibration text")
