@@ -18,8 +18,9 @@ from shearling.errors import ShearlingError
 from shearling.methods.ig_lora import LoRAPolicy
 from shearling.plan import Structure
 from shearling.surgery import cut_
-from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, train
+from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, chunked_divergence, train
 from shearling.train.flops import forward_flops
+from shearling.train.head import hidden_states, output_head
 from shearling.train.loop import validation_loss
 from shearling.train.sampler import WindowSampler
 from shearling.train.world import World
@@ -598,3 +599,33 @@ def test_utilisation_is_reported_where_the_peak_is_known(monkeypatch):
     train(model, some_windows(), [], some_settings(), on_event=events.append)
     for event in events:
         assert event["flops_utilisation"] == pytest.approx(event["tokens_per_second"] * flops / 1e12)
+
+
+class Apart(Policy):
+    """Distillation in a pass through the head of its own."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+
+    def loss_terms(self, ctx):
+        with torch.no_grad():
+            taught = hidden_states(self.teacher, ctx.input_ids)
+        heads = output_head(ctx.model), output_head(self.teacher)
+        divergence = chunked_divergence(ctx.hidden, heads[0], taught, heads[1], ctx.labels, 2.0, kind="reverse")
+        return {"distillation": 0.7 * divergence}
+
+
+def test_both_losses_in_one_pass_are_both_losses():
+    results = []
+    for policy in (Distillation(tiny_model("llama", 3), weight=0.7, temperature=2.0, kind="reverse"), None):
+        model, events = tiny_model("llama"), []
+        policy = policy or Apart(tiny_model("llama", 3))
+        train(model, some_windows(), [policy], some_settings(cross_entropy=0.4), on_event=events.append)
+        results.append((events, state(model)))
+    (together, model), (apart, other) = results
+    for one, two in zip(together, apart, strict=True):
+        for name in ("loss", "cross_entropy", "distillation"):
+            assert one[name] == pytest.approx(two[name], rel=1e-5)
+    for name, tensor in model.items():
+        # Adam takes a step of full length along gradients that are nearly zero
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-4)

@@ -104,3 +104,8 @@ def test_the_twin_of_a_large_recipe_under_torchrun_ends_as_in_one_process(tmp_pa
     # a finished run is not done again, by as many processes as may come
     again = subprocess.run([*command, "--resume"], env=environment(), cwd=ROOT, capture_output=True, check=False)
     assert again.returncode == 0
+    uneven = subprocess.run(
+        [*command, "--set", "recover.batch=3"], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert uneven.returncode != 0
+    assert "recover.batch = 3: must be a multiple of 2 processes" in uneven.stderr

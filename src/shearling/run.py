@@ -46,6 +46,8 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     """
     check_teacher(recipe)
     world = join()
+    if recipe.recover is not None and recipe.recover.batch % world.size:
+        raise ShearlingError(f"recover.batch = {recipe.recover.batch}: must be a multiple of {world.size} processes")
     if world.first:
         return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event, world).finish()
     if world.agree(None):

@@ -11,7 +11,7 @@ from shearling.errors import ShearlingError
 from shearling.plan import Edit
 from shearling.train.cache import CachedTeacher
 from shearling.train.head import output_head
-from shearling.train.loss import PLAIN_CHUNK, Divergence, chunked_divergence
+from shearling.train.loss import PLAIN_CHUNK, Divergence, chunked_head_loss
 from shearling.train.policy import Policy, StepContext
 from shearling.train.settings import TrainSettings
 from shearling.train.teachers import Teacher
@@ -25,7 +25,7 @@ class Distillation(Policy):
     vocabulary, or a larger one that begins with it, on the model's device; it is put into evaluation mode and never
     changed. A ``Teacher`` is one that several policies share. A ``CachedTeacher`` over the same windows and vocabulary
     gives the forward divergence of ``chunked_topk_divergence`` at temperature 1. Cross-entropy keeps the weight that
-    the settings give it.
+    the settings give it; but for a cache it is taken in the same pass through the head.
     """
 
     def __init__(
@@ -67,12 +67,24 @@ class Distillation(Policy):
             log_probs, ids = (t.to(ctx.device) for t in self.teacher.rows(ctx.indices))
             chunk = self.chunk or PLAIN_CHUNK
             divergence = chunked_topk_divergence(ctx.hidden, head, log_probs, ids, ctx.labels, chunk)
-        else:
-            taught = self.teacher.states(ctx.input_ids).hidden
-            divergence = chunked_divergence(
-                ctx.hidden, head, taught, self.teacher.head(), ctx.labels, self.temperature, self.chunk, self.kind
-            )
-        return {"distillation": self.weight * divergence}
+            return {"distillation": self.weight * divergence}
+        found = chunked_head_loss(
+            ctx.hidden,
+            head,
+            self.teacher.states(ctx.input_ids).hidden,
+            self.teacher.head(),
+            ctx.labels,
+            self.temperature,
+            self.chunk,
+            self.kind,
+            cross_entropy_weight=ctx.cross_entropy,
+            divergence_weight=self.weight,
+        )
+        if not ctx.cross_entropy:
+            return {"distillation": found.total}
+        # both losses in one pass; their sum carries the gradient of both
+        entropy, ctx.cross_entropy = ctx.cross_entropy * found.cross_entropy, 0.0
+        return {"cross_entropy": entropy, "distillation": found.total - entropy}
 
     def finalize(self) -> Sequence[Edit]:
         if isinstance(self.teacher, Teacher):

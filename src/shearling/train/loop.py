@@ -74,6 +74,9 @@ def train(
     there, and a folder that holds one is resumed: the result is then, to the bit, that of a run never interrupted
     (same torch, device and thread count), given the same model and arguments. The last checkpoint is left there.
 
+    Under ``torchrun`` all processes call this alike, with the same arguments: each reads its part of every batch, and
+    parameters are shared out by FSDP2 until the end, when every process has the whole model.
+
     SIGTERM and SIGINT end the run after the step at hand, with a checkpoint; policies are finalized, so the model is
     always left stock unless an exception is raised. A step that runs out of memory is done again with half of the
     micro-batch. Step, loss, learning rate, tokens, speed, gradient norm and time left go to ``on_event`` every
@@ -307,14 +310,15 @@ def _loss_terms(ctx: StepContext, policies: Sequence[Policy], settings: TrainSet
     terms: dict[str, Tensor] = {}
     with _autocast(ctx.device, settings):
         ctx.hidden = hidden_states(ctx.model, ctx.input_ids)
-        if settings.cross_entropy:
-            weight, bias, softcap = output_head(ctx.model)
-            entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
-            terms["cross_entropy"] = settings.cross_entropy * entropy
+        ctx.cross_entropy = settings.cross_entropy
         for policy in policies:
             for name, term in policy.loss_terms(ctx).items():
                 assert name not in terms, f"two losses are called {name}"
                 terms[name] = term
+        if ctx.cross_entropy:
+            weight, bias, softcap = output_head(ctx.model)
+            entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
+            terms["cross_entropy"] = ctx.cross_entropy * entropy
     return terms
 
 

@@ -34,6 +34,7 @@ class StepContext:
     labels: Tensor
     indices: Tensor
     hidden: Tensor | None = None
+    cross_entropy: float = 0.0
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
 
 
@@ -56,7 +57,10 @@ class Policy:
     """
 
     def attach(self, model: nn.Module, settings: TrainSettings) -> None:
-        """Change the model for training (wrap linears, add buffers); torch's global generator is seeded."""
+        """Change the model for training (wrap linears, add buffers); torch's global generator is seeded.
+
+        With several processes parameters become sharded tensors afterwards: look them up anew in what comes later.
+        """
 
     def param_groups(self) -> list[dict[str, Any]] | None:
         """Groups for the loop's AdamW, ``{"params": [...]}`` with optional ``lr`` and ``weight_decay``.
@@ -69,7 +73,8 @@ class Policy:
     def optimizer(self) -> torch.optim.Optimizer | None:
         """An optimizer of the policy's own, over parameters that no other holds; the loop steps and saves it.
 
-        Its parameters take part in the global gradient norm; its learning rates are left alone.
+        Its parameters take part in the global gradient norm; its learning rates are left alone. Parameters that are not
+        the model's are whole in every process, and their gradients are averaged.
         """
         return None
 

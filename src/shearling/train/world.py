@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor
 #: what one process does alone (measuring, scoring) may take this long while the others wait
 PATIENCE = timedelta(hours=12)
 
+#: what a launcher tells its processes
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class World:
@@ -80,7 +83,7 @@ def join() -> World:
     """The world of this process: what ``torchrun`` or the caller set up, or itself alone."""
     if not dist.is_available():
         return World()
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if all(name in os.environ for name in _LAUNCHED) and not dist.is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
