@@ -12,7 +12,7 @@ from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.plan import Plan, Structure
 from shearling.recipe import Full, LoRA, Recipe
 from shearling.surgery import cut_
-from shearling.train import Policy, TrainSettings
+from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
 
 
@@ -57,16 +57,16 @@ def recovery_memory(
     cut_(model, [Structure({f"ffn.{layer}": tuple(range(shape.ffn)) for layer, shape in enumerate(shapes)})])
     model, policies = made_trainable(stage, model, planned)
     teaches = bool(stage.distill or stage.layerwise) and stage.teacher_cache is None and stage.teacher is None
-    itemsize = getattr(torch, stage.teacher_dtype or recipe.dtype).itemsize
+    dtype = getattr(torch, stage.teacher_dtype or recipe.dtype)
     own = sum(p.numel() * p.element_size() for p in dense.parameters())
     # the dense model stays for the comparison afterwards; in another precision it teaches as a copy
-    beside = own if not teaches or itemsize != next(dense.parameters()).element_size() else 0
+    beside = own if not teaches or dtype != next(dense.parameters()).dtype else 0
     return training_memory(
         model,
         recovery_settings(recipe, stage),
         policies,
         compute=compute,
-        teacher=dense.to(getattr(torch, stage.teacher_dtype or recipe.dtype)) if teaches else None,
+        teacher=in_dtype(dense, dtype) if teaches else None,
         processes=processes,
         beside=beside,
     )

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shearling.errors import ShearlingError
 from shearling.train.world import World
@@ -139,15 +140,14 @@ class Stored:
 
         ``like`` may give DTensors, sharded over any number of processes.
         """
-        places: dict[str, Place] = {}
-        _gather(self.tree, places)
         targets: dict[str, Any] = {}
-        for name, place in places.items():
-            target = like(place)
-            targets[name] = torch.empty(place.shape, dtype=place.dtype) if target is None else target
+        for place in tree_leaves(self.tree):
+            if isinstance(place, Place):
+                target = like(place)
+                targets[place.name] = torch.empty(place.shape, dtype=place.dtype) if target is None else target
         with _quiet():
             dcp.load(targets, storage_reader=_Reader(self.path), **_group(world))
-        return _filled(self.tree, targets)
+        return tree_map_only(Place, lambda place: targets[place.name], self.tree)
 
 
 @dataclass(frozen=True)
@@ -260,27 +260,6 @@ def _placed(tree: Any, keys: tuple[Any, ...], index: Mapping[str, Any]) -> Any:
         return {key: _placed(item, (*keys, key), index) for key, item in content}
     items = [_placed(item, (*keys, number), index) for number, item in enumerate(content)]
     return tuple(items) if kind == "tuple" else items
-
-
-def _gather(tree: Any, places: dict[str, Place]) -> None:
-    if isinstance(tree, Place):
-        places[tree.name] = tree
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _gather(item, places)
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            _gather(item, places)
-
-
-def _filled(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, Place):
-        return tensors[tree.name]
-    if isinstance(tree, dict):
-        return {key: _filled(item, tensors) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_filled(item, tensors) for item in tree)
-    return tree
 
 
 def _refused(target: Path, error: BaseException) -> ShearlingError:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from shearling.anatomy import anatomy_of
+from shearling.train.head import blocks_of
 
 
 @contextmanager
 def compiled(model: Any) -> Iterator[None]:
     """Within, every block of a causal language model runs compiled; blocks of one shape share their code."""
-    blocks: list[Any] = list(model.get_submodule(anatomy_of(model.config).family.blocks))
+    blocks = blocks_of(model)
     # every width is a variant of one piece of code, in training, in evaluation, and for a last, smaller batch
     variants = 4 * len(blocks) + 8
     with torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants):

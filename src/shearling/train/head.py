@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.nn import EffectiveLinear
 
@@ -24,6 +25,11 @@ class Head(NamedTuple):
 def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
     """States [B, T, D] that the output head reads, without running the head."""
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """The blocks of a causal language model, in their order."""
+    return list(model.get_submodule(anatomy_of(model.config).family.blocks))
 
 
 def output_head(model: Any) -> Head:

@@ -13,9 +13,10 @@ from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.plan import Edit
 from shearling.train.cache import CachedTeacher
+from shearling.train.head import blocks_of
 from shearling.train.policy import Policy, StepContext
 from shearling.train.settings import TrainSettings
-from shearling.train.teachers import Teacher, blocks_of, outputs_of
+from shearling.train.teachers import Teacher, outputs_of
 
 
 class LayerwiseDistillation(Policy):

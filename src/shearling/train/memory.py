@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shearling.anatomy import anatomy_of
@@ -18,6 +17,7 @@ from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy
 from shearling.train.recompute import recomputed
 from shearling.train.settings import TrainSettings
+from shearling.train.teachers import copied
 
 #: float32 arrays over a chunk's vocabulary that a loss in plain PyTorch has at a time, with and without a teacher
 _ARRAYS = {False: 4, True: 7}
@@ -66,9 +66,7 @@ def training_memory(
     anatomy = anatomy_of(model.config)
     itemsize = (compute or torch.float32).itemsize
     tokens = settings.micro_batch * settings.length
-    # deepcopy takes what it finds in the memo, so no weight is copied
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    empty = copy.deepcopy(model, memo)
+    empty = copied(model, lambda weight: weight.to("meta"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         empty.to_empty(device="cpu").train()
         empty.tie_weights()

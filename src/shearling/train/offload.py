@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shearling.train.teachers import blocks_of
+from shearling.train.head import blocks_of
 
 #: bytes; what kernels may expect of an address, and what the views below need of an offset
 _ALIGNMENT = 256

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from shearling.anatomy import anatomy_of
+from shearling.train.head import blocks_of
 
 
 @contextmanager
 def recomputed(model: Any) -> Iterator[None]:
     """Within, every block of a causal language model keeps only its input; results are the same to the bit."""
-    blocks: list[Any] = list(model.get_submodule(anatomy_of(model.config).family.blocks))
+    blocks = blocks_of(model)
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

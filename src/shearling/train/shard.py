@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from shearling.anatomy import anatomy_of
+from shearling.train.head import blocks_of
 from shearling.train.world import World
 
 #: what FSDP leaves on a module beside hooks
@@ -45,7 +45,7 @@ class Sharding:
             self._plain[module] = (type(module), hooks)
         mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.get_submodule(anatomy_of(model.config).family.blocks):
+        for block in blocks_of(model):
             fully_shard(block, mesh=mesh, mp_policy=precision)
         fully_shard(model, mesh=mesh, mp_policy=precision)
         setattr(model, _WITHIN, lambda work: work())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.train.flops import forward_flops
-from shearling.train.head import Head, hidden_states, output_head
+from shearling.train.head import Head, blocks_of, hidden_states, output_head
 
 
 class Taught(NamedTuple):
@@ -104,17 +103,15 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     """The model with its parameters in ``dtype``: itself, or a copy; buffers keep their precision."""
     if all(p.dtype == dtype for p in model.parameters()):
         return model
-    # deepcopy takes what it finds in the memo, so no second copy in the old precision is made; buffers stay, because
-    # rotary frequencies in bfloat16 put far positions elsewhere
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()
-    }
+    # buffers stay, because rotary frequencies in bfloat16 put far positions elsewhere
+    return copied(model, lambda weight: weight.to(dtype, copy=True))
+
+
+def copied(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of the model whose parameters, frozen, are what ``change`` makes of its own."""
+    # deepcopy takes what it finds in the memo, so that no weight is copied as it is
+    memo: dict[int, Any] = {id(p): nn.Parameter(change(p.detach()), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo)
-
-
-def blocks_of(model: Any) -> list[nn.Module]:
-    """The blocks of a causal language model, in their order."""
-    return list(model.get_submodule(anatomy_of(model.config).family.blocks))
 
 
 @contextmanager
