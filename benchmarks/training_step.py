@@ -5,6 +5,7 @@
 Student and teacher are the same dense model, the loss is the forward divergence alone, a step reads 32 x 1024 tokens
 (on a CPU and with ``--quick`` far fewer). Beside it a plain script: both models compiled whole, logits in full,
 the same micro-batches unless ``--plain-micro-batch`` says otherwise. The first row times the matrix products alone.
+On a GPU the last table says what a compiled step's time went into, by a profile of three.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch.nn import functional
 
 from shearling.anatomy import anatomy_of
 from shearling.models import load_model, load_tokenizer
-from shearling.train import Distillation, TrainSettings, train
+from shearling.train import Distillation, TrainSettings, compiled, train
 from shearling.train.flops import forward_flops, peak_flops
 
 COLUMNS = ["what", "micro_batch", "tokens_per_second", "ratio", "flops_utilisation", "peak_bytes", "device"]
@@ -53,11 +56,42 @@ def plain_steps(model: Any, teacher: Any, text: Tensor, settings: TrainSettings)
         yield time.perf_counter() - start
 
 
-def loop_steps(model: Any, teacher: Any, text: Tensor, settings: TrainSettings) -> list[float]:
-    """Seconds of each step of the training loop."""
+def loop_steps(
+    model: Any, teacher: Any, text: Tensor, settings: TrainSettings, also: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Seconds of each step of the training loop; ``also`` is called after each."""
     events: list[dict[str, Any]] = []
-    train(model, text, [Distillation(teacher)], settings, on_event=events.append)
+
+    def keep(event: dict[str, Any]) -> None:
+        events.append(event)
+        also()
+
+    with compiled(teacher) if settings.compile else nullcontext():
+        train(model, text, [Distillation(teacher)], settings, on_event=keep)
     return [settings.tokens_per_step / event["tokens_per_second"] for event in events if "loss" in event]
+
+
+#: what a kernel's name contains -> what it does; the first that fits
+KERNELS = {
+    "attention": ("flash", "fmha", "sdpa"),
+    "losses over logits": ("_head_loss",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
+    "optimizer, clipping": ("multi_tensor", "adam", "lpnorm"),
+    "compiled pointwise": ("triton",),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def breakdown(profile: torch.profiler.profile, steps: int) -> dict[str, float]:
+    """Seconds of a step on the GPU, by what its kernels do; kernels that fit nothing are ``other``."""
+    seconds = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        name = event.key.lower()
+        fits = (what for what, parts in KERNELS.items() if any(part in name for part in parts))
+        seconds[next(fits, "other")] += event.self_device_time_total / 1e6 / steps
+    return seconds
 
 
 def products(model: Any, tokens: int) -> float:
@@ -91,7 +125,10 @@ def main() -> None:
     parser.add_argument("--micro-batches", nargs="+", type=int, help="windows at a time")
     parser.add_argument("--plain-micro-batch", type=int)
     parser.add_argument("--steps", type=int, help="steps, of which the first third does not count")
-    parser.add_argument("--what", nargs="+", default=["products", "plain", "eager", "compiled", "recomputed"])
+    parser.add_argument(
+        "--what", nargs="+", default=["products", "plain", "eager", "compiled", "recomputed", "profile"]
+    )
+    parser.add_argument("--trace", type=Path, help="file for the profile's table of kernels")
     args = parser.parse_args()
     quick, gpu = args.quick, args.device.startswith("cuda")
     length, batch = (1024, 32) if gpu and not quick else (64, 2)
@@ -118,6 +155,20 @@ def main() -> None:
             device=device_name(args.device),
         )
 
+    def profiled(*arguments: Any) -> list[float]:
+        active = 3
+        plan = torch.profiler.schedule(wait=steps - active - 2, warmup=1, active=active)
+        with torch.profiler.profile(schedule=plan, acc_events=True) as profile:
+            seconds = loop_steps(*arguments, also=profile.step)
+        parts = breakdown(profile, active)
+        print("what | milliseconds", flush=True)
+        for what, took in (*parts.items(), ("a step", statistics.median(seconds[steps // 3 : -active - 2]))):
+            print(f"{what} | {1e3 * took:.1f}", flush=True)
+        if args.trace:
+            table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
+            args.trace.write_text(table)
+        return seconds[: -active - 2]
+
     def measure(what: str, micro_batch: int) -> None:
         options: dict[str, Any] = {"compile": what != "eager", "recompute": what == "recomputed"} if gpu else {}
         settings = TrainSettings(
@@ -134,7 +185,7 @@ def main() -> None:
         if gpu:
             teacher.bfloat16()
             torch.cuda.reset_peak_memory_stats()
-        run = plain_steps if what == "plain" else loop_steps
+        run = {"plain": plain_steps, "profile": profiled}.get(what, loop_steps)
         seconds = list(run(student, teacher, text, settings))
         used = torch.cuda.max_memory_allocated() if gpu else None
         report(what, micro_batch, statistics.median(seconds[len(seconds) // 3 :]), used)
@@ -150,6 +201,8 @@ def main() -> None:
             report("matrix products alone", batch, products(dense, batch * length), None)
         elif what == "plain":
             measure(what, args.plain_micro_batch or sizes[0])
+        elif what == "profile":
+            measure(what, sizes[0])
         else:
             for micro_batch in sizes:
                 measure(what, micro_batch)

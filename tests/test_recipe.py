@@ -99,7 +99,6 @@ def test_mistakes_are_named_with_a_remedy(recipe_file: Path, override: str, part
         ({"distill": 1, "temperature": 2, "teacher_cache": "c"}, "and temperature = 1"),
         ({"distill": 1, "layerwise": 1, "teacher_cache": "c"}, "a cache holds no block outputs"),
         ({"layerwise": 1, "teacher_cache": "c"}, "a cache holds no block outputs"),
-        ({"layerwise": 1, "teacher_compile": True}, "teacher_compile = True: leave layerwise at 0"),
         ({"distill": 1, "teacher_offload": True, "teacher_compile": True}, "leave teacher_offload off"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from shearling.errors import ShearlingError
 from shearling.train import (
     CachedTeacher,
     Distillation,
+    LayerwiseDistillation,
     Policy,
     Teacher,
     TrainSettings,
     cache_teacher,
     chunked_divergence,
     chunked_topk_divergence,
+    compiled,
     in_dtype,
     offloaded,
     train,
@@ -421,19 +424,17 @@ def test_an_offloaded_teacher_teaches_the_same_bits():
 # --- compiled, and in another precision
 
 
-def test_a_compiled_teacher_gives_the_same_loss():
-    def losses(compiled):
-        teacher = Teacher(tiny_model("llama", seed=1, num_hidden_layers=1), compiled=compiled)
+def test_a_compiled_teacher_gives_the_same_losses_from_blocks_and_head():
+    def losses(within):
+        model = tiny_model("llama", seed=1, num_hidden_layers=1)
+        student = tiny_model("llama", num_hidden_layers=1)
         settings = TrainSettings(**{**vars(SETTINGS), "micro_batch": 4, "tokens": 2 * 4 * LENGTH})
-        return train(tiny_model("llama"), some_windows(), [Distillation(teacher)], settings).losses
+        teacher = Teacher(model)
+        with within(model):
+            policies = [Distillation(teacher), LayerwiseDistillation(teacher, weight=0.5)]
+            return train(student, some_windows(), policies, settings).losses
 
-    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
-
-
-def test_a_compiled_teacher_refuses_block_outputs():
-    teacher = Teacher(tiny_model("llama", seed=1), compiled=True)
-    with pytest.raises(ShearlingError, match="gives no block outputs"):
-        teacher.follow(tiny_model("llama"), [0])
+    assert losses(compiled) == pytest.approx(losses(nullcontext), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

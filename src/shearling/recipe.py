@@ -216,8 +216,6 @@ class _Recover(_Strict):
     def _compiled(cls, value: bool, found: ValidationInfo) -> bool:
         if value and found.data.get("teacher_offload"):
             raise ValueError("leave teacher_offload off; compiled code needs its weights in one place")
-        if value and found.data.get("layerwise"):
-            raise ValueError("leave layerwise at 0; a compiled teacher gives no block outputs")
         return value
 
     @field_validator("teacher_cache")

@@ -22,6 +22,7 @@ from shearling.train import (
     Policy,
     Teacher,
     cache_teacher,
+    compiled,
     in_dtype,
     join,
     offloaded,
@@ -120,4 +121,6 @@ def _running(recipe: Recipe, stage: LoRA | Full, model: Any, dense: Any, stack: 
         check_finite(teacher)
     if stage.teacher_offload:
         stack.enter_context(offloaded(teacher, model.device))
-    return Teacher(teacher, device=model.device, compiled=stage.teacher_compile)
+    if stage.teacher_compile:
+        stack.enter_context(compiled(teacher))
+    return Teacher(teacher, device=model.device)

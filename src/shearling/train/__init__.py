@@ -1,6 +1,7 @@
 """The one training loop, the policies that plug into it, its teachers and its losses."""
 
 from shearling.train.cache import CachedTeacher, cache_teacher
+from shearling.train.compiled import compiled
 from shearling.train.distill import Distillation
 from shearling.train.layerwise import LayerwiseDistillation
 from shearling.train.loop import TrainResult, train
@@ -31,6 +32,7 @@ __all__ = [
     "chunked_divergence",
     "chunked_head_loss",
     "chunked_topk_divergence",
+    "compiled",
     "in_dtype",
     "join",
     "offloaded",

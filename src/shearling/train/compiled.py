@@ -13,7 +13,10 @@ from shearling.train.head import blocks_of
 
 @contextmanager
 def compiled(model: Any) -> Iterator[None]:
-    """Within, every block of a causal language model runs compiled; blocks of one shape share their code."""
+    """Within, every block of a causal language model runs compiled; blocks of one shape share their code.
+
+    Not for a model that is ``offloaded``.
+    """
     blocks = blocks_of(model)
     # every width is a variant of one piece of code, in training, in evaluation, and for a last, smaller batch
     variants = 4 * len(blocks) + 8

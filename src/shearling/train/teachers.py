@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +26,12 @@ class Teacher:
     """A causal language model, run once a micro-batch for all policies that hold this object.
 
     It is put into evaluation mode and never changed. It runs on its own device, or ``offloaded`` on the one that is
-    given here (then not compiled). ``compiled`` runs its base model through torch.compile, one graph for each shape
-    of micro-batch, and gives no block outputs. ``in_dtype`` makes a copy in another precision.
+    given here; ``compiled`` around the training makes it faster, ``in_dtype`` makes a copy in another precision.
     """
 
-    def __init__(self, model: Any, *, device: torch.device | None = None, compiled: bool = False) -> None:
+    def __init__(self, model: Any, *, device: torch.device | None = None) -> None:
         self.model = model.eval()
         self.device = next(model.parameters()).device if device is None else device
-        self._compiled = compiled
-        # dynamic=False: all micro-batches but an epoch's odd one have the same shape
-        self._runs = SimpleNamespace(base_model=torch.compile(model.base_model, dynamic=False)) if compiled else model
         self._blocks: set[int] = set()
         self._users = self._served = 0
         self._ids: Tensor | None = None
@@ -45,8 +40,7 @@ class Teacher:
     def follow(self, student: Any, blocks: Iterable[int] = ()) -> None:
         """Make ready to teach one more policy, which asks for the outputs of ``blocks``.
 
-        Raises ShearlingError where the student is the teacher itself or has the larger vocabulary, and for blocks of
-        a compiled teacher.
+        Raises ShearlingError where the student is the teacher itself or has the larger vocabulary.
         """
         if self.model is student:
             raise ShearlingError("teacher: is the model itself; load a second copy")
@@ -55,10 +49,6 @@ class Teacher:
             raise ShearlingError(
                 f"teacher: vocabulary of {theirs}, the model's is {own}; it must be the same or begin with the model's"
             )
-        blocks = set(blocks)
-        if blocks and self._compiled:
-            # compiled code does not look whether hooks have come or gone since
-            raise ShearlingError("teacher: is compiled, which gives no block outputs; leave compiling off")
         self._users += 1
         self._blocks.update(blocks)
 
@@ -80,7 +70,7 @@ class Teacher:
                 modules = blocks_of(self.model)
                 wanted = {layer: modules[layer] for layer in self._blocks}
             with outputs_of(wanted) as outputs:
-                self._taught = Taught(hidden_states(self._runs, ids), outputs)
+                self._taught = Taught(hidden_states(self.model, ids), outputs)
         taught = self._taught
         self._served += 1
         if self._served >= self._users:
