@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from shearling.anatomy import anatomy_of
+from shearling.captured import WARMUP
+from shearling.errors import ShearlingError
 from shearling.methods.ig_lora import LoRAPolicy
-from shearling.train import Distillation, TrainSettings, chunked_cross_entropy, train
+from shearling.train import (
+    Distillation,
+    LayerwiseDistillation,
+    Policy,
+    Teacher,
+    TrainSettings,
+    chunked_cross_entropy,
+    train,
+)
 from tests.tiny import tiny_model, tiny_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -40,6 +52,66 @@ def test_bfloat16_training_resumes_to_the_bit(family, lora, tmp_path):
     assert result.losses == expected.losses and result.losses[-1] < result.losses[0]
     for name, tensor in resumed.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, undisturbed.state_dict()[name]), name
+
+
+class Probe(Policy):
+    """Does something at one of the calls of ``loss_terms``, of which a graph makes none."""
+
+    def __init__(self, call=0, act=lambda ctx: None):
+        self.call, self.act, self.calls = call, act, 0
+
+    def capturable(self):
+        return True
+
+    def loss_terms(self, ctx):
+        self.calls += 1
+        if self.calls == self.call:
+            self.act(ctx)
+        return {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_captured_steps_train_as_others(family, lora, tmp_path):
+    def losses(capture, **changes):
+        model = tiny_model(family).cuda()
+        teacher = Teacher(tiny_model(family, seed=1).cuda())
+        probe = Probe()
+        policies = [Distillation(teacher), LayerwiseDistillation(teacher), probe]
+        if lora:
+            policies.append(LoRAPolicy(anatomy_of(model.config), [2, 3, 4]))
+        settings = replace(SETTINGS, capture=capture, batch=7, micro_batch=2, tokens=8 * 7 * 24, **changes)
+        events = []
+        result = train(model, tiny_tokens(20, 24), policies, settings, on_event=events.append)
+        # three calls go ahead of the capture, and each step's odd window is not captured
+        assert probe.calls == (WARMUP + 1 + 8 if capture else 4 * 8)
+        names = ("cross_entropy", "distillation", "layerwise")
+        return result.losses, [{name: event[name] for name in names} for event in events]
+
+    found, expected = losses(True), losses(False)
+    assert found[0] == pytest.approx(expected[0], rel=2e-4) and expected[0][-1] < expected[0][0]
+    for event, other in zip(found[1], expected[1], strict=True):
+        assert event == pytest.approx(other, rel=2e-3)
+    assert losses(True, compile=True)[0] == pytest.approx(expected[0], rel=2e-3)
+
+
+def test_a_capture_without_memory_takes_less():
+    # more than any GPU has
+    probe, events = Probe(WARMUP + 1, lambda ctx: torch.empty(2**50, device=ctx.device)), []
+    settings = replace(SETTINGS, capture=True)
+    result = train(tiny_model("llama").cuda(), tiny_tokens(10, 24), [probe], settings, on_event=events.append)
+    assert [e["warning"] for e in events if "warning" in e] == [
+        "out of memory; 2 windows at a time instead of 3, the batch stays"
+    ]
+    plain = train(tiny_model("llama").cuda(), tiny_tokens(10, 24), [], SETTINGS)
+    assert result.losses == pytest.approx(plain.losses, rel=2e-4)
+
+
+def test_what_cannot_be_captured_is_told_and_the_gpu_goes_on():
+    probe, settings = Probe(WARMUP + 1, lambda ctx: ctx.hidden.sum().item()), replace(SETTINGS, capture=True)
+    with pytest.raises(ShearlingError, match="capture: cannot become a CUDA graph.*leave it off"):
+        train(tiny_model("llama").cuda(), tiny_tokens(10, 24), [probe], settings)
+    train(tiny_model("llama").cuda(), tiny_tokens(10, 24), [], settings)
 
 
 def test_chunked_cross_entropy_under_autocast():

@@ -374,6 +374,19 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where):
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    ("policies", "changes", "what"),
+    [
+        ([Poison({1}, "loss")], {}, "capture: Poison does other work at every step; leave it off"),
+        ([], {}, "capture: needs a GPU, this is cpu; leave it off"),
+        ([], {"recompute": True}, "capture: a graph cannot compute activations again"),
+    ],
+)
+def test_capturing_where_it_cannot_be(policies, changes, what):
+    with pytest.raises(ShearlingError, match=what):
+        train(tiny_model("llama"), some_windows(), policies, some_settings(capture=True, **changes))
+
+
 def test_five_in_a_row_end_the_run():
     with pytest.raises(ShearlingError, match="5 steps in a row"):
         train(tiny_model("llama"), some_windows(), [Poison(set(range(1, 6)), "loss")], some_settings(steps=9))

@@ -10,11 +10,15 @@ import torch
 WARMUP = 3
 
 
+class NotCapturable(RuntimeError):
+    """A step waits for the GPU, or does something else that a graph cannot hold."""
+
+
 class Captured:
     """A step that reads and writes the same tensors at every call, carried out by replaying a CUDA graph.
 
     The first ``WARMUP`` calls run as they are, on a stream of their own; the one after captures; every call carries
-    the step out once. Whatever changes between calls must be a tensor on the GPU.
+    the step out once. Whatever changes between calls must be a tensor on the GPU. Raises NotCapturable.
     """
 
     def __init__(self, step: Callable[[], None]) -> None:
@@ -33,6 +37,11 @@ class Captured:
             return
         if self._calls == WARMUP + 1:
             # what is captured is not carried out
-            with torch.cuda.graph(self._graph):
-                self._step()
+            try:
+                with torch.cuda.graph(self._graph):
+                    self._step()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NotCapturable(f"cannot become a CUDA graph: {str(error).splitlines()[0]}") from error
         self._graph.replay()

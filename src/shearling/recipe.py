@@ -196,6 +196,8 @@ class _Recover(_Strict):
     recompute: bool = False
     #: torch compiles the blocks: a slow first step, faster ones after it
     compile: bool = False
+    #: forward and backward pass become a CUDA graph: for small models, on one GPU
+    capture: bool = False
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
     #: held-out text (its first windows) that is scored every so many steps
     validation: str | None = None
@@ -216,6 +218,14 @@ class _Recover(_Strict):
     def _compiled(cls, value: bool, found: ValidationInfo) -> bool:
         if value and found.data.get("teacher_offload"):
             raise ValueError("leave teacher_offload off; compiled code needs its weights in one place")
+        return value
+
+    @field_validator("capture")
+    @classmethod
+    def _captured(cls, value: bool, found: ValidationInfo) -> bool:
+        for other in ("recompute", "teacher_offload", "teacher_cache"):
+            if value and found.data.get(other):
+                raise ValueError(f"leave {other} off; a CUDA graph repeats its kernels and nothing else")
         return value
 
     @field_validator("teacher_cache")

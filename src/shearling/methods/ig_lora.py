@@ -82,6 +82,9 @@ class LoRAPolicy(Policy):
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"params": [p for branch in self._branches.values() for p in (branch.down, branch.up)]}]
 
+    def capturable(self) -> bool:
+        return True
+
     def finalize(self) -> Sequence[Edit]:
         assert self._model is not None, "finalize comes after attach"
         edit = Adapters(

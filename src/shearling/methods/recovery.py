@@ -30,6 +30,7 @@ def recovery_settings(recipe: Recipe, stage: LoRA | Full) -> TrainSettings:
         checkpoint_every=stage.checkpoint_every,
         recompute=stage.recompute,
         compile=stage.compile,
+        capture=stage.capture,
         validate_every=stage.validate_every,
         keep=stage.keep,
         seed=recipe.seed,

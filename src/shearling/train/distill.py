@@ -60,6 +60,10 @@ class Distillation(Policy):
     def flops_per_token(self, length: int) -> float:
         return 0.0 if isinstance(self.teacher, CachedTeacher) else self.teacher.flops_per_token(length)
 
+    def capturable(self) -> bool:
+        # a cache is read from disk
+        return isinstance(self.teacher, Teacher) and self.teacher.resident
+
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
         assert ctx.hidden is not None
         head = output_head(ctx.model)

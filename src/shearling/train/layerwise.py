@@ -67,6 +67,9 @@ class LayerwiseDistillation(Policy):
     def flops_per_token(self, length: int) -> float:
         return self.teacher.flops_per_token(length)
 
+    def capturable(self) -> bool:
+        return self.teacher.resident
+
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
         taught = self.teacher.states(ctx.input_ids).blocks
         errors = [relative_error(self._outputs[mine], taught[theirs]) for mine, theirs in self._pairs]

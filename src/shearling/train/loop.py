@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
@@ -20,6 +20,7 @@ from shearling.train.checkpoint import Checkpoints
 from shearling.train.compiled import compiled
 from shearling.train.events import Clock
 from shearling.train.flops import forward_flops, peak_flops
+from shearling.train.gradients import Gradients, autocast, compute_type, next_tokens
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
 from shearling.train.optimizers import build_optimizers
@@ -96,6 +97,7 @@ def train(
     world = join()
     if settings.batch % world.size:
         raise ShearlingError(f"batch={settings.batch}: must be a multiple of the {world.size} processes")
+    gradients = Gradients(policies, settings, device, world)
     frozen_before = {name: p.requires_grad for name, p in model.named_parameters()}
     training_before = model.training
     emit = on_event or (lambda event: None)
@@ -106,7 +108,7 @@ def train(
             forward = forward_flops(model, settings.length)
             for policy in policies:
                 policy.attach(model, settings)
-            sharding = Sharding(model, world, _compute_type(device, settings))
+            sharding = Sharding(model, world, compute_type(device, settings))
             optimizers = build_optimizers(model, policies, settings)
             sampler = WindowSampler(len(text), settings.seed)
             background = device.type == "cuda"
@@ -119,7 +121,7 @@ def train(
             stack.enter_context(recomputed(model) if settings.recompute else nullcontext())
             stopping = world.any(signals.stopped)
             while counters.step < settings.steps and not stopping:
-                event = _step(run, counters, device, emit)
+                event = _step(run, counters, gradients, device, emit)
                 clock.tick(counters)
                 last = counters.step == settings.steps
                 if "warning" in event:
@@ -190,7 +192,7 @@ def validation_loss(model: Any, windows: Tensor, settings: TrainSettings, world:
         ids = windows[rows].to(device).long()
 
         def score(ids: Tensor = ids, counted: int = counted) -> Tensor:
-            with _autocast(device, settings):
+            with autocast(device, settings):
                 weight, bias, softcap = output_head(model)
                 labels = next_tokens(ids)
                 labels[counted:] = IGNORE
@@ -201,12 +203,7 @@ def validation_loss(model: Any, windows: Tensor, settings: TrainSettings, world:
     return float(world.sum_(total)) / len(windows)
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """Labels [B, T]: the token after each one, -100 after the last."""
-    return nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
-
-
-def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> dict[str, Any]:
+def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.device, emit: OnEvent) -> dict[str, Any]:
     """One optimizer step; returns its event without the running quantities."""
     settings, optimizers, policies = run.settings, run.optimizers, run.policies
     step = counters.step
@@ -217,7 +214,7 @@ def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> 
     optimizers.set_rate(rate)
     for policy in policies:
         policy.begin_step(step, rng)
-    ctx, loss = _gradients(run, counters, ids, indices, rate, emit)
+    ctx, loss = _loss(run, counters, gradients, ids, indices, rate, emit)
     average_whole_(run.world, optimizers.parameters)
     norm = total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
@@ -240,18 +237,19 @@ def _step(run: Run, counters: Counters, device: torch.device, emit: OnEvent) -> 
     return {**event, "grad_norm": norm_value, **ctx.metrics}
 
 
-def _gradients(
-    run: Run, counters: Counters, ids: Tensor, indices: Tensor, rate: float, emit: OnEvent
+def _loss(
+    run: Run, counters: Counters, gradients: Gradients, ids: Tensor, indices: Tensor, rate: float, emit: OnEvent
 ) -> tuple[StepContext, Tensor]:
-    """Gradients and loss of one batch, in as large parts as memory allows."""
+    """Loss of one batch, and its gradients, in as large parts as memory allows."""
     settings = run.settings
     while True:
         # seeded anew each step, so that resuming needs no generator's state
         torch.manual_seed(derived_seed(settings.seed, "step", counters.step, *run.world.beside))
-        run.optimizers.zero_grad()
+        # a captured step adds to the same tensors for ever
+        run.optimizers.zero_grad(keep=settings.capture)
         ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, next_tokens(ids), indices)
         try:
-            loss = _backward(ctx, run.policies, settings, ids, counters.micro_batch)
+            loss = gradients(ctx, ids, counters.micro_batch)
             return ctx, run.world.mean_(loss)
         except torch.OutOfMemoryError as error:
             _take_less(counters, run, emit, error)
@@ -282,55 +280,6 @@ def _take_less(counters: Counters, run: Run, emit: OnEvent, error: torch.OutOfMe
             "warning": f"out of memory; {counters.micro_batch} windows at a time instead of {before}, the batch stays",
         }
     )
-
-
-def _backward(
-    ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, ids: Tensor, micro_batch: int
-) -> Tensor:
-    """Accumulate the gradients of a batch; returns its loss, detached. Several terms are noted in the metrics."""
-    total = torch.zeros((), device=ctx.device)
-    for rows, indices in zip(ids.split(micro_batch), ctx.indices.split(micro_batch), strict=True):
-        share = len(rows) / len(ids)
-        ctx.input_ids, ctx.labels, ctx.indices = rows, next_tokens(rows), indices
-        terms = within(ctx.model, lambda: _loss_terms(ctx, policies, settings))
-        ctx.hidden = None
-        if not terms:
-            raise ShearlingError("cross_entropy=0 and no policy adds a loss: nothing to train on")
-        loss = torch.stack([term.to(torch.float32) for term in terms.values()]).sum() * share
-        loss.backward()
-        total += loss.detach()
-        if len(terms) > 1:
-            for name, term in terms.items():
-                ctx.metrics[name] = ctx.metrics.get(name, 0.0) + term.detach() * share
-    return total
-
-
-def _loss_terms(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings) -> dict[str, Tensor]:
-    """Run the model on the context's windows; its losses by name."""
-    terms: dict[str, Tensor] = {}
-    with _autocast(ctx.device, settings):
-        ctx.hidden = hidden_states(ctx.model, ctx.input_ids)
-        ctx.cross_entropy = settings.cross_entropy
-        for policy in policies:
-            for name, term in policy.loss_terms(ctx).items():
-                assert name not in terms, f"two losses are called {name}"
-                terms[name] = term
-        if ctx.cross_entropy:
-            weight, bias, softcap = output_head(ctx.model)
-            entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
-            terms["cross_entropy"] = ctx.cross_entropy * entropy
-    return terms
-
-
-def _compute_type(device: torch.device, settings: TrainSettings) -> torch.dtype | None:
-    """The type of products, None where it is the parameters' own."""
-    dtype = settings.autocast or (torch.bfloat16 if device.type == "cuda" else None)
-    return None if dtype == torch.float32 else dtype
-
-
-def _autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
-    dtype = _compute_type(device, settings)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _due(step: int, every: int) -> bool:

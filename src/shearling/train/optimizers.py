@@ -38,9 +38,10 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.step()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, *, keep: bool) -> None:
+        """Make gradients zero; with ``keep`` those that there are stay the same tensors."""
         for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not keep)
 
 
 def build_optimizers(model: nn.Module, policies: Sequence[Policy], settings: TrainSettings) -> Optimizers:

@@ -82,6 +82,14 @@ class Policy:
         """FLOPs that the policy's own forward passes add for each token of windows of ``length``."""
         return 0.0
 
+    def capturable(self) -> bool:
+        """Whether ``loss_terms`` may be repeated by a CUDA graph, with none of its Python.
+
+        It must then do the same work on the same tensors at every step, read of its context only ``model``,
+        ``input_ids``, ``labels``, ``hidden`` and ``cross_entropy``, and write no metrics. Asked before ``attach``.
+        """
+        return False
+
     def begin_step(self, step: int, rng: torch.Generator) -> None:
         """Prepare a step; ``rng`` (CPU) depends on the seed and the step alone."""
 

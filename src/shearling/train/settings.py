@@ -21,7 +21,8 @@ class TrainSettings:
     gradient norm (None: no bound). ``autocast`` None means bfloat16 on CUDA and none elsewhere.
     ``checkpoint_every`` and ``validate_every`` count steps; 0 means at the end only. ``cross_entropy`` weighs the
     next-token loss; at 0 it is not computed and policies must bring a loss. With ``recompute`` activations inside a
-    block are computed again in the backward pass instead of kept; with ``compile`` torch compiles the blocks.
+    block are computed again in the backward pass instead of kept; with ``compile`` torch compiles the blocks; with
+    ``capture`` forward and backward pass become a CUDA graph, for small models that are done before they are launched.
     ``keep`` says which parameters a run ends with: the last, or those of the best validation.
     """
 
@@ -40,6 +41,7 @@ class TrainSettings:
     cross_entropy: float = 1.0
     recompute: bool = False
     compile: bool = False
+    capture: bool = False
     keep: Literal["last", "best"] = "last"
     log_every: int = 10
     checkpoint_every: int = 0
@@ -61,6 +63,8 @@ class TrainSettings:
             raise ShearlingError(f"schedule={self.schedule!r}: must be cosine, linear or constant")
         if self.keep not in ("last", "best"):
             raise ShearlingError(f"keep={self.keep!r}: must be last or best")
+        if self.capture and self.recompute:
+            raise ShearlingError("capture: a graph cannot compute activations again; leave recompute or capture off")
         if not 0 <= self.min_ratio <= 1:
             raise ShearlingError(f"min_ratio={self.min_ratio}: must lie in 0 to 1")
 

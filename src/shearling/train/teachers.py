@@ -77,6 +77,11 @@ class Teacher:
             self._ids = self._taught = None
         return taught
 
+    @property
+    def resident(self) -> bool:
+        """Whether its weights lie where it runs."""
+        return all(p.device == self.device for p in self.model.parameters())
+
     def flops_per_token(self, length: int) -> float:
         """What one of the policies adds by it, so that all together count its forward pass once."""
         return forward_flops(self.model, length) / self._users

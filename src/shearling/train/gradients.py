@@ -1,0 +1,147 @@
+"""Gradients of a batch, accumulated over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shearling.captured import Captured, NotCapturable
+from shearling.errors import ShearlingError
+from shearling.train.head import hidden_states, output_head
+from shearling.train.loss import IGNORE, chunked_cross_entropy
+from shearling.train.policy import Policy, StepContext
+from shearling.train.settings import TrainSettings
+from shearling.train.shard import within
+from shearling.train.world import World
+
+
+class Losses(NamedTuple):
+    """The share that a micro-batch has in its batch's loss, and in every term of it; detached."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Gradients:
+    """Adds up a batch's gradients in ``.grad``, ``micro_batch`` windows at a time.
+
+    With ``settings.capture`` the work on a micro-batch becomes a CUDA graph, whose launch costs next to nothing:
+    gradients and losses are then the same tensors at every step. Raises ShearlingError where that cannot be.
+    """
+
+    def __init__(self, policies: Sequence[Policy], settings: TrainSettings, device: torch.device, world: World) -> None:
+        self._policies, self._settings = policies, settings
+        self._captured: _CapturedWork | None = None
+        if not settings.capture:
+            return
+        for policy in policies:
+            if not policy.capturable():
+                raise ShearlingError(f"capture: {type(policy).__name__} does other work at every step; leave it off")
+        if world.size > 1:
+            raise ShearlingError(f"capture: is for one process, here are {world.size}; leave it off")
+        if device.type != "cuda":
+            raise ShearlingError(f"capture: needs a GPU, this is {device.type}; leave it off")
+
+    def __call__(self, ctx: StepContext, ids: Tensor, micro_batch: int) -> Tensor:
+        """Accumulate the gradients of a batch [B, T]; returns its loss. Several terms are noted in the metrics."""
+        total = torch.zeros((), device=ctx.device)
+        for rows, indices in zip(ids.split(micro_batch), ctx.indices.split(micro_batch), strict=True):
+            here = replace(ctx, input_ids=rows, indices=indices)
+            # a batch's last rows may be fewer
+            alike = len(rows) == min(micro_batch, len(ids))
+            if self._settings.capture and alike:
+                found = self._replay(here, len(ids))
+            else:
+                found = _work(here, self._policies, self._settings, len(ids))
+            total += found.total
+            if len(found.terms) > 1:
+                for name, term in found.terms.items():
+                    ctx.metrics[name] = ctx.metrics.get(name, 0.0) + term
+        return total
+
+    def _replay(self, ctx: StepContext, batch: int) -> Losses:
+        shape = ctx.input_ids.shape
+        if self._captured is None or self._captured.ids.shape != shape:
+            # the graph of another size goes first, with its memory
+            self._captured = None
+            buffer = ctx.input_ids.clone()
+            own = replace(ctx, input_ids=buffer)
+            self._captured = _CapturedWork(partial(_work, own, self._policies, self._settings, batch), buffer)
+        try:
+            return self._captured(ctx.input_ids)
+        except NotCapturable as error:
+            raise ShearlingError(f"capture: {error}; leave it off") from error
+        except torch.OutOfMemoryError:
+            self._captured = None
+            raise
+
+
+class _CapturedWork:
+    """Work on one buffer of token ids, repeated for others of the same shape."""
+
+    def __init__(self, work: Callable[[], Losses], ids: Tensor) -> None:
+        self.ids = ids
+        self._found: Losses | None = None
+        self._work = work
+        self._run = Captured(self._once)
+
+    def __call__(self, ids: Tensor) -> Losses:
+        self.ids.copy_(ids)
+        self._run()
+        assert self._found is not None
+        return self._found
+
+    def _once(self) -> None:
+        # of what is captured these tensors are written anew by every replay
+        self._found = self._work()
+
+
+def _work(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, batch: int) -> Losses:
+    """Run the model forward and backward on the context's windows, which are some of ``batch``."""
+    ctx.labels = next_tokens(ctx.input_ids)
+    share = len(ctx.input_ids) / batch
+    terms = within(ctx.model, lambda: _loss_terms(ctx, policies, settings))
+    ctx.hidden = None
+    if not terms:
+        raise ShearlingError("cross_entropy=0 and no policy adds a loss: nothing to train on")
+    loss = torch.stack([term.to(torch.float32) for term in terms.values()]).sum() * share
+    loss.backward()
+    return Losses(loss.detach(), {name: term.detach() * share for name, term in terms.items()})
+
+
+def next_tokens(input_ids: Tensor) -> Tensor:
+    """Labels [B, T]: the token after each one, -100 after the last."""
+    return nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
+
+
+def _loss_terms(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings) -> dict[str, Tensor]:
+    """Run the model on the context's windows; its losses by name."""
+    terms: dict[str, Tensor] = {}
+    with autocast(ctx.device, settings):
+        ctx.hidden = hidden_states(ctx.model, ctx.input_ids)
+        ctx.cross_entropy = settings.cross_entropy
+        for policy in policies:
+            for name, term in policy.loss_terms(ctx).items():
+                assert name not in terms, f"two losses are called {name}"
+                terms[name] = term
+        if ctx.cross_entropy:
+            weight, bias, softcap = output_head(ctx.model)
+            entropy = chunked_cross_entropy(ctx.hidden, weight, ctx.labels, softcap, bias=bias)
+            terms["cross_entropy"] = ctx.cross_entropy * entropy
+    return terms
+
+
+def compute_type(device: torch.device, settings: TrainSettings) -> torch.dtype | None:
+    """The type of products, None where it is the parameters' own."""
+    dtype = settings.autocast or (torch.bfloat16 if device.type == "cuda" else None)
+    return None if dtype == torch.float32 else dtype
+
+
+def autocast(device: torch.device, settings: TrainSettings) -> torch.autocast:
+    dtype = compute_type(device, settings)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
