@@ -86,7 +86,8 @@ def breakdown(profile: torch.profiler.profile, steps: int) -> dict[str, float]:
     """Seconds of a step on the GPU, by what its kernels do; kernels that fit nothing are ``other``."""
     seconds = dict.fromkeys([*KERNELS, "other"], 0.0)
     for event in profile.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
+        # annotations span kernels, and the gaps between them
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
         name = event.key.lower()
         fits = (what for what, parts in KERNELS.items() if any(part in name for part in parts))

@@ -11,6 +11,7 @@ import torch
 
 from shearling.kernels import IGNORE, Terms
 from shearling.kernels.head_loss_reference import head_loss_reference
+from shearling.methods.sparsegpt import inverse_factor, sweep_reference
 from shearling.train import chunked_cross_entropy, chunked_divergence, chunked_head_loss
 from shearling.train.head import Head
 
@@ -259,3 +260,66 @@ def test_kernel_on_a_gpu(terms, dtype, vocab, slope):
 def test_one_pass_on_a_gpu(kind, dtype, tolerance):
     sizes = {"tokens": 300, "width": 64, "vocab": 1000}
     check_one_pass(*through_heads(dtype, "cuda", **sizes), kind, tolerance, tolerance)
+
+
+# --- SparseGPT's sweep over columns
+
+SWEEPS = [(128, (2, 4)), (128, (4, 8)), (100, (1, 4)), (126, (2, 3)), (48, (1, 16)), (128, None), (5, None)]
+
+
+def check_sweep(columns, pattern, device="cpu", outputs=45):
+    from shearling.kernels.column_sweep import column_sweep
+
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(2 * columns, columns, generator=generator) * (0.2 + torch.rand(columns, generator=generator))
+    inputs += inputs.roll(1, 1)
+    # a corner of a larger factor
+    corner = torch.full((columns + 3, columns + 3), torch.nan)
+    corner[:columns, :columns] = inverse_factor(inputs.T @ inputs, 0.01)[0].float()
+    part = torch.randn(columns, outputs, generator=generator)
+    stays = torch.zeros(columns, outputs, dtype=torch.bool)
+    if pattern is None:
+        stays = torch.rand(columns, outputs, generator=generator) < 0.5
+    case = [t.to(device) for t in (part, corner, stays)]
+    case[1] = case[1][:columns, :columns]
+    exact = [t.double() if t.is_floating_point() else t.clone() for t in case]
+    errors, found = sweep_reference(*exact, pattern), column_sweep(*case, pattern)
+    assert torch.equal(case[2], exact[2])
+    torch.testing.assert_close(case[0].double(), exact[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.double(), errors, rtol=1e-4, atol=1e-4)
+    assert not case[0][~case[2]].any() and not torch.signbit(case[0][~case[2]]).any()
+
+
+def check_sweep_ties(device="cpu"):
+    """With a factor of 1 nothing is mended, and equal weights stay in their order."""
+    from shearling.kernels.column_sweep import column_sweep
+
+    part = torch.tensor([2.0, -1, 1, -2, 1, 1, 1, 1], device=device)[:, None].repeat(1, 9)
+    stays = torch.zeros_like(part, dtype=torch.bool)
+    errors = column_sweep(part.clone(), torch.eye(8, device=device), stays, (3, 4))
+    assert stays.T.tolist() == [[True, True, False, True, True, True, True, False]] * 9
+    assert torch.equal(errors, part.masked_fill(stays, 0))
+
+
+@interpreted
+@pytest.mark.parametrize(("columns", "pattern"), SWEEPS)
+def test_interpreted_sweep(columns, pattern):
+    check_sweep(columns, pattern)
+
+
+@interpreted
+def test_interpreted_sweep_of_equal_weights():
+    check_sweep_ties()
+
+
+@pytest.mark.parametrize(("columns", "pattern"), SWEEPS)
+@pytest.mark.gpu
+@needs_gpu
+def test_sweep_on_a_gpu(columns, pattern):
+    check_sweep(columns, pattern, "cuda", 1000)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_sweep_of_equal_weights_on_a_gpu():
+    check_sweep_ties("cuda")

@@ -70,9 +70,9 @@ class Probe(Policy):
         return {}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_captured_steps_train_as_others(family, lora, tmp_path):
+def test_captured_steps_train_as_others(family, lora):
     def losses(capture, **changes):
         model = tiny_model(family).cuda()
         teacher = Teacher(tiny_model(family, seed=1).cuda())

@@ -117,9 +117,9 @@ def _head_loss(
                 tl.store(student_row + at, tl.zeros([BLOCK], tl.float32), mask=at < VOCAB)
         return
 
-    # first pass: greatest logits and sums of exponentials, kept for each lane until the end
-    top = -float("inf")
-    their_top = -float("inf")
+    # first pass: greatest logits and sums of exponentials, of each lane its own, so that no lane waits for another
+    peak = tl.full([BLOCK], -3e38, tl.float32)
+    their_peak = tl.full([BLOCK], -3e38, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     cold = tl.zeros([BLOCK], tl.float32)
     their_mass = tl.zeros([BLOCK], tl.float32)
@@ -128,47 +128,57 @@ def _head_loss(
         at = start + lanes
         mask = at < VOCAB
         z = _logits(student_row, at, mask, softcap, CAPPED)
-        new = tl.maximum(top, tl.max(z, 0))
-        shrink = tl.exp((top - new) * inverse)
-        e = tl.exp((z - new) * inverse)
+        # of the old sum's factor and the new exponential one is 1, the other this; NaN goes into the sum
+        gap = -tl.abs(z - peak)
+        higher = z > peak
+        small = tl.exp(gap * inverse)
+        e = tl.where(higher, 1.0, small)
+        shrink = tl.where(higher, small, 1.0)
         mass = mass * shrink + e
         if SPLIT:
-            cold = cold * tl.exp(top - new) + tl.exp(z - new)
-        top = new
+            small = tl.exp(gap)
+            cold = cold * tl.where(higher, small, 1.0) + tl.where(higher, 1.0, small)
+        peak = tl.where(higher, z, peak)
         if KIND != 0:
             u = _logits(teacher_row, at, mask, teacher_softcap, TEACHER_CAPPED)
-            their_new = tl.maximum(their_top, tl.max(u, 0))
-            their_shrink = tl.exp((their_top - their_new) * inverse)
-            f = tl.exp((u - their_new) * inverse)
+            their_higher = u > their_peak
+            their_small = tl.exp(-tl.abs(u - their_peak) * inverse)
+            f = tl.where(their_higher, 1.0, their_small)
+            their_shrink = tl.where(their_higher, their_small, 1.0)
             their_mass = their_mass * their_shrink + f
-            their_top = their_new
+            their_peak = tl.where(their_higher, u, their_peak)
             # what is beyond the row is infinity minus infinity
             if KIND == 1:
                 cross = cross * their_shrink + tl.where(mask, f * ((u - z) * inverse), 0.0)
             if KIND == 2:
                 cross = cross * shrink + tl.where(mask, e * ((z - u) * inverse), 0.0)
 
-    total = tl.sum(mass, 0)
+    top = tl.max(peak, 0)
+    level = tl.exp((peak - top) * inverse)
+    total = tl.sum(mass * level, 0)
     log_mass = tl.log(total)
     norm = top + log_mass
     if SPLIT:
-        norm = top + tl.log(tl.sum(cold, 0))
+        norm = top + tl.log(tl.sum(cold * tl.exp(peak - top), 0))
     if ENTROPY:
         inside = (label >= 0) & (label < VOCAB)
         target = tl.load(student_row + label, mask=inside, other=float("nan")).to(tl.float32)
         tl.store(entropy_out + row, norm - _capped(target, softcap, CAPPED))
 
+    their_top = 0.0
     their_log_mass = 0.0
     value = 0.0
     if KIND != 0:
-        their_total = tl.sum(their_mass, 0)
+        their_top = tl.max(their_peak, 0)
+        their_level = tl.exp((their_peak - their_top) * inverse)
+        their_total = tl.sum(their_mass * their_level, 0)
         their_log_mass = tl.log(their_total)
         shift = (top - their_top) * inverse + log_mass - their_log_mass
         if KIND == 1:
-            value = tl.sum(cross, 0) / their_total + shift
+            value = tl.sum(cross * their_level, 0) / their_total + shift
             tl.store(divergence_out + row, value)
         if KIND == 2:
-            value = tl.sum(cross, 0) / total - shift
+            value = tl.sum(cross * level, 0) / total - shift
             tl.store(divergence_out + row, value)
         if KIND == 3:
             own = tl.zeros([BLOCK], tl.float32)

@@ -10,10 +10,13 @@ Masks are chosen where the sweep stands, on weights that earlier columns have al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from shearling.errors import ShearlingError
+from shearling.kernels import triton_usable
 from shearling.methods.sparse import Sparse
 from shearling.plan.patterns import Pattern, highest, num_kept
 
@@ -37,28 +40,51 @@ def sparsegpt(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern | float, damp
     factor, damping = inverse_factor(gram_II, damping)
     factor = factor.to(weight.dtype)
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    sweep = _implementation(weight)
+    group = (pattern.keep, pattern.of) if isinstance(pattern, Pattern) else None
     step = BLOCK if isinstance(pattern, float) else max(1, BLOCK // pattern.of) * pattern.of
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
         corner, diagonal = factor[start:stop, start:stop], factor.diagonal()[start:stop]
         # columns as rows, so that each lies in one piece
         part = weight[:, start:stop].T.contiguous()
-        stays, errors = torch.empty_like(part, dtype=torch.bool), torch.empty_like(part)
+        stays = torch.zeros_like(part, dtype=torch.bool)
         if isinstance(pattern, float):
             score = (part / diagonal[:, None]).square()
             stays = highest(score.T, kept * stop // inputs - kept * start // inputs).T.contiguous()
-        for column in range(len(part)):
-            if isinstance(pattern, Pattern) and column % pattern.of == 0:
-                group = slice(column, column + pattern.of)
-                score = (part[group] / diagonal[group, None]).square()
-                stays[group] = highest(score.T, pattern.keep).T
-            gone = part[column].masked_fill(stays[column], 0.0).div_(diagonal[column])
-            part[column:].addr_(corner[column, column:], gone, alpha=-1)
-            errors[column] = gone
-        weight[:, start:stop] = part.masked_fill_(~stays, 0.0).T
+        errors = sweep(part, corner, stays, group)
+        weight[:, start:stop] = part.T
         mask[:, start:stop] = stays.T
         weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
     return Sparse(weight.to(weight_OI.dtype), mask, damping)
+
+
+def sweep_reference(part_BO: Tensor, corner_BB: Tensor, stays_BO: Tensor, pattern: tuple[int, int] | None) -> Tensor:
+    """Settle a block of columns (as rows), one after the other, in place; ``corner_BB`` is its part of the factor U.
+
+    With ``pattern``, (keep, of), what stays is chosen on the way; without, ``stays_BO`` says it. Returns the errors
+    [B, O] that the columns after the block answer for.
+    """
+    diagonal, errors = corner_BB.diagonal(), torch.empty_like(part_BO)
+    for column in range(len(part_BO)):
+        if pattern is not None and column % pattern[1] == 0:
+            group = slice(column, column + pattern[1])
+            score = (part_BO[group] / diagonal[group, None]).square()
+            stays_BO[group] = highest(score.T, pattern[0]).T
+        gone = part_BO[column].masked_fill(stays_BO[column], 0.0).div_(diagonal[column])
+        part_BO[column:].addr_(corner_BB[column, column:], gone, alpha=-1)
+        errors[column] = gone
+    part_BO.masked_fill_(~stays_BO, 0.0)
+    return errors
+
+
+def _implementation(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor, tuple[int, int] | None], Tensor]:
+    if weight.dtype != torch.float32 or not triton_usable(weight):
+        return sweep_reference
+    # imports Triton
+    from shearling.kernels.column_sweep import column_sweep
+
+    return column_sweep
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
