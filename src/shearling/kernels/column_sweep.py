@@ -68,8 +68,8 @@ def _sweep(
     diagonal = tl.load(corner + column * (corner_stride + 1), mask=column < COLUMNS, other=1.0)
     kept = tl.load(stays + at, mask=inside, other=0) > 0
     for now in range(0, COLUMNS):
-        if OF > 0:
-            # not in one condition: OF is known when this is compiled
+        # not in one condition: whether there are groups is known when this is compiled
+        if OF > 0:  # noqa: SIM102
             if now % OF == 0:
                 ratio = weight / diagonal[None, :]
                 score = ratio * ratio
