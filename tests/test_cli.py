@@ -68,6 +68,10 @@ def test_help_and_import_load_nothing_heavy() -> None:
         "from transformers import AutoModelForCausalLM\nimport shearling",
         "import transformers\nimport shearling\nfrom transformers import AutoModelForCausalLM",
         "import shearling, shearling.export\nfrom transformers import AutoModelForCausalLM",
+        # whose modules come to the Auto classes while they are being imported
+        "import shearling\nfrom transformers import LlamaForCausalLM, AutoModelForCausalLM",
+        "import shearling\nfrom transformers.models.gemma2 import modeling_gemma2\n"
+        "from transformers import AutoModelForCausalLM",
     ],
 )
 def test_per_layer_checkpoints_load_after_importing_shearling(tmp_path: Path, lines: str, command: Any) -> None:

@@ -102,7 +102,8 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
         lower, info = torch.linalg.cholesky_ex(backwards)
         if not info.item():
             del backwards
-            upper = lower.flip(0, 1)
+            # which CUDA gives column by column
+            upper = lower.flip(0, 1).contiguous()
             del lower
             invert_triangular_(upper)
             return upper, share
