@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import masking_utils
 
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
@@ -23,8 +26,33 @@ class Head(NamedTuple):
 
 
 def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
-    """States [B, T, D] that the output head reads, without running the head."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    """States [B, T, D] that the output head reads, without running the head; every row is a whole sequence."""
+    with _whole_sequences():
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+#: what transformers asks before it makes a mask -> the answer for rows that are whole sequences
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "find_packed_sequence_indices": lambda position_ids: None,
+    "is_tracing": lambda tensor=None: False,
+}
+
+
+@contextmanager
+def _whole_sequences() -> Iterator[None]:
+    """Within, transformers does not look for packed sequences.
+
+    Looking waits for the device. Where it cannot look, while a CUDA graph is captured, it writes out a causal mask, and
+    with one there is no flash attention.
+    """
+    asked = {name: getattr(masking_utils, name) for name in _ANSWERS if hasattr(masking_utils, name)}
+    try:
+        for name in asked:
+            setattr(masking_utils, name, _ANSWERS[name])
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(masking_utils, name, function)
 
 
 def blocks_of(model: Any) -> list[Any]:
