@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import masking_utils
 
@@ -58,6 +59,27 @@ def _whole_sequences() -> Iterator[None]:
 def blocks_of(model: Any) -> list[Any]:
     """The blocks of a causal language model, in their order."""
     return list(model.get_submodule(anatomy_of(model.config).family.blocks))
+
+
+@contextmanager
+def narrow_stream(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within, what a model's blocks hand on, and its gradient, is bfloat16 where that is the type of products.
+
+    Autocast alone leaves it in float32, as the embedding gives it: twice the traffic between products, and more kept
+    for the backward pass. float16 could not hold it.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+
+    def narrow(block: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].to(dtype), *args[1:])
+
+    handle = blocks_of(model)[0].register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def output_head(model: Any) -> Head:

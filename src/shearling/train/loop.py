@@ -21,7 +21,7 @@ from shearling.train.compiled import compiled
 from shearling.train.events import Clock
 from shearling.train.flops import forward_flops, peak_flops
 from shearling.train.gradients import Gradients, autocast, compute_type, next_tokens
-from shearling.train.head import hidden_states, output_head
+from shearling.train.head import hidden_states, narrow_stream, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy, StepContext
@@ -117,6 +117,7 @@ def train(
             counters = run.resume(emit)
             clock = Clock(counters, _flops_per_token(run, forward), peak_flops(device, world.size))
             model.train()
+            stack.enter_context(narrow_stream(model, compute_type(device, settings)))
             stack.enter_context(compiled(model) if settings.compile else nullcontext())
             stack.enter_context(recomputed(model) if settings.recompute else nullcontext())
             stopping = world.any(signals.stopped)

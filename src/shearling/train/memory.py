@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shearling.anatomy import anatomy_of
-from shearling.train.head import hidden_states, output_head
+from shearling.train.head import hidden_states, narrow_stream, output_head
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy
 from shearling.train.recompute import recomputed
@@ -119,16 +119,14 @@ def _kept(model: Any, settings: TrainSettings, compute: torch.dtype | None) -> i
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # a mask of all pairs, which is made only where tensors have no content
-        pairs = tensor.shape[-2:] == (settings.length, settings.length) and tensor.ndim == 4 and tensor.shape[1] == 1
-        if storage._cdata not in own and not pairs:
+        if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
             alive.append(storage)
         return tensor
 
     ids = torch.zeros(settings.micro_batch, settings.length, dtype=torch.int64)
     products = nullcontext() if compute is None else torch.autocast("cpu", dtype=compute)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products, narrow_stream(model, compute):
         states = hidden_states(model, ids)
     del states
     return sum(kept.values())
