@@ -24,7 +24,7 @@ from shearling.train.settings import TrainSettings
 from shearling.train.world import World
 
 #: settings that a resumed run may change, since they leave the parameters alone
-_FREE = ("log_every", "checkpoint_every", "recompute", "compile")
+_FREE = ("log_every", "checkpoint_every", "recompute", "compile", "capture")
 
 
 @dataclass
