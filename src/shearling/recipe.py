@@ -268,7 +268,39 @@ class Full(_Recover):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
 
 
-RecoverStage = Annotated[LoRA | Full, Field(discriminator="method")]
+class AST(_Recover):
+    """AST: all parameters, under masks that follow the weights; needs masks to start from."""
+
+    method: Literal["ast"] = "ast"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    #: steps between two choices of the masks; 0 keeps those of the start
+    refresh_every: Annotated[int, Field(ge=0)] = 10
+    #: share of the steps, at the end, in which masks stay
+    freeze: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: what masks are chosen by: the weight's size, alone or times the norm of its input, in the dense model or of late
+    score: Literal["magnitude", "activation", "activation-refreshed"] = "magnitude"
+    #: multiplied weights: masked, or thresholded softly (S-STE)
+    forward: Literal["hard", "soft"] = "hard"
+    #: decay of masked weights (lambda), and the share of the steps over which it rises
+    decay: Annotated[float, Field(ge=0)] = 6e-5
+    anneal: Annotated[float, Field(ge=0, le=1)] = 0.25
+    #: beside Adam's first moment, as part of the gradient, or by the weight's sign
+    decay_by: Literal["decoupled", "coupled", "l1"] = "decoupled"
+    #: second moment of the gradient, or of what the weight moves by
+    second_moment: Literal["adam", "ast"] = "adam"
+
+    @model_validator(mode="after")
+    def _applies(self) -> Self:
+        given = self.model_fields_set
+        if not self.refresh_every and {"freeze", "score"} & given:
+            raise ValueError("refresh_every = 0 keeps the masks of the start; leave freeze and score out")
+        if self.forward == "soft" and self.decay:
+            raise ValueError("forward = 'soft' moves what is masked by itself; it needs decay = 0")
+        return self
+
+
+RecoverStage = Annotated[LoRA | Full | AST, Field(discriminator="method")]
 Stage = Annotated[PruneStage | Sparsify | RecoverStage, Field(discriminator="stage")]
 Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shearling.errors import ShearlingError
 from shearling.methods.sparse import Sparse
-from shearling.plan.patterns import Pattern, row_mask
+from shearling.plan.patterns import Pattern, mask_of
 
 #: penalty at the start; how often it rises, and by what while more than a share of the kept weights changed sides
 RHO, EVERY = 0.1, 3
@@ -47,8 +47,7 @@ def alps(weight_OI: Tensor, gram_II: Tensor, pattern: Pattern | float, damping: 
 
     def project(matrix: Tensor) -> Tensor:
         # in the scaled problem as in the paper: a weight matters by what it adds to the output
-        score = matrix.square()
-        return pattern.mask(score) if isinstance(pattern, Pattern) else row_mask(score, pattern)
+        return mask_of(matrix.square(), pattern)
 
     mask = project(dense)
     kept = torch.where(mask, dense, 0.0)

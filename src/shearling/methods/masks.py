@@ -27,7 +27,7 @@ from shearling.methods.sparse import Sparse
 from shearling.methods.sparsegpt import sparsegpt
 from shearling.methods.wanda import wanda_score
 from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_of, plan_of
-from shearling.plan.patterns import Pattern, num_kept, row_mask
+from shearling.plan.patterns import Pattern, mask_of, num_kept
 from shearling.recipe import UNSTRUCTURED, Sparsify
 from shearling.sweep import InputStatistics, Moments, Store, Walk, block_tensors, fingerprint, take_values_
 
@@ -168,7 +168,7 @@ def _pruned(weight: Tensor, inputs: InputStatistics | None, settings: Sparsify, 
         score = wanda_score(weight, inputs.norm.to(weight.device))
     else:
         score = weight.abs()
-    mask = pattern.mask(score) if isinstance(pattern, Pattern) else row_mask(score, pattern)
+    mask = mask_of(score, pattern)
     return Sparse(torch.where(mask, weight, torch.zeros_like(weight)), mask, 0.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ class MaskTransform(nn.Module):
     """Zeroes the weights where ``mask`` is False.
 
     ``mask``: bool, the weight's shape in its stored orientation; a buffer, so it is saved with the model. Replaced
-    weights are +0.0 and get no gradient (a straight-through estimator is another transform).
+    weights are +0.0 and get no gradient.
     """
 
     mask: Tensor
@@ -23,3 +25,66 @@ class MaskTransform(nn.Module):
         assert weight.shape == self.mask.shape, f"mask {tuple(self.mask.shape)}, weight {tuple(weight.shape)}"
         # a product would leave -0.0 behind, which 2:4 compressors take for a kept weight
         return torch.where(self.mask, weight, 0.0)
+
+
+class StraightMask(MaskTransform):
+    """As MaskTransform, with a straight-through estimator: every weight gets the gradient, so any may come back."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        assert weight.shape == self.mask.shape, f"mask {tuple(self.mask.shape)}, weight {tuple(weight.shape)}"
+        return _Straight.apply(weight, self.mask)
+
+
+class SoftThreshold(MaskTransform):
+    """S-STE (arXiv 2409.09099): a group's weights move towards zero by the greatest size that must go, times a scale.
+
+    ``keep`` of every ``of`` weights along the input stay, for a weight stored [out, in], or [in, out] where
+    ``transposed``. The map is continuous, so no weight ever jumps; its gradient is straight-through. ``scale`` is
+    <W, S> / |S|^2 of the weight it starts from, which makes that product the least wrong. ``mask`` is not used here: it
+    says what stayed when somebody looked last.
+    """
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, mask: Tensor, keep: int, of: int, transposed: bool) -> None:
+        super().__init__(mask)
+        self.keep, self.of, self.transposed = keep, of, transposed
+        dense = weight.detach().double()
+        soft = self._threshold(dense)
+        self.register_buffer("scale", ((dense * soft).sum() / soft.square().sum()).to(weight.dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _Through.apply(weight, self.scale * self._threshold(weight.detach()))
+
+    def _threshold(self, weight: Tensor) -> Tensor:
+        rows = weight.T if self.transposed else weight
+        groups = rows.unflatten(1, (-1, self.of))
+        size = groups.abs()
+        least = size.sort(dim=-1, descending=True).values[..., self.keep : self.keep + 1]
+        # positive zeros, whatever the sign of the weight
+        soft = torch.where(size > least, groups - least.copysign(groups), 0.0).flatten(1)
+        return soft.T if self.transposed else soft
+
+
+class _Straight(torch.autograd.Function):
+    """Masked forward, whole gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return grad, None
+
+
+class _Through(torch.autograd.Function):
+    """Something else forward, the gradient to the weight it stands for."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, instead: Tensor) -> Tensor:
+        return instead
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return grad, None

@@ -55,6 +55,11 @@ def row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
     return highest(score_OI, num_kept(sparsity, score_OI.shape[1]))
 
 
+def mask_of(score_OI: Tensor, pattern: Pattern | float) -> Tensor:
+    """What stays, bool [O, I], under an N:M pattern or where a share of each row goes."""
+    return pattern.mask(score_OI) if isinstance(pattern, Pattern) else row_mask(score_OI, pattern)
+
+
 def num_kept(pattern: Pattern | float, inputs: int) -> int:
     """How many weights of a row stay; ``pattern`` is the share that goes where it is no pattern.
 

@@ -1,0 +1,277 @@
+"""AST (arXiv 2407.20584): retraining towards 2:4 while the mask follows the weights.
+
+    m              keeps N of every M weights by score, chosen anew every ``refresh_every`` steps
+    W~ = m . W     is multiplied; its gradient g goes to all of W, so what is masked may come back
+    lam(t)         decay of masked weights: rises linearly to its full strength over a share of the steps (Eq. 2)
+    r_t, r0_t      share of the mask that changed since the last refresh, and since the start
+
+    m1 <- b1 m1 + (1 - b1) g,   u = m1 + lam(t) (1 - m) . W                  decay stays out of the first moment
+    m2 <- b2 m2 + (1 - b2) q^2,   W <- W - lr / (1 - b1^t) u / (sqrt(m2 / (1 - b2^t)) + eps)
+
+q is g (Adam's own second moment) or u (the paper's). Decay takes no weight past zero, also where no gradient ever came
+and sqrt(m2) is next to nothing. The appendix with the paper's hyper-parameters was not at hand.
+
+Its relatives differ in little: no refresh is a fixed mask; no annealing is static SR-STE (arXiv 2102.04010) but for its
+momentum; lam = 0 is Dynamic Pruning with Feedback (2006.07253); ``coupled`` adds the decay to g, as the release does
+for LLaMA; ``l1`` takes lam instead of lam W from a masked weight, in the sense of CAST (2509.25996); ``soft``
+multiplies S-STE's softly thresholded weight (2409.09099).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.pytorch_utils import Conv1D
+
+from shearling.anatomy import Anatomy
+from shearling.errors import ShearlingError
+from shearling.nn import EffectiveLinear, MaskTransform, SoftThreshold, StraightMask, unwrap_, wrap_
+from shearling.plan import Edit, Masks
+from shearling.plan.patterns import Pattern, mask_of, num_kept
+from shearling.recipe import AST
+from shearling.train import Policy, StepContext, TrainSettings, join
+
+
+def annealed(step: int, steps: int, decay: float, share: float) -> float:
+    """lam(t) of Eq. 2 for a step counted from 0, annealed over a share of all steps."""
+    return decay if step >= share * steps else decay * step / (share * steps)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What one step does: learning rate, lam(t), and how the decay acts (see the module)."""
+
+    rate: float
+    decay: float
+    how: str = "decoupled"
+    second_moment: str = "adam"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+@torch.no_grad()
+def annealed_adam_(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, mask: Tensor, step: int, strength: Strength
+) -> None:
+    """One update of a weight and its moments in place; ``step`` counts from 1."""
+    b1, b2 = strength.betas
+    rate = strength.rate / (1 - b1**step)
+    weight.mul_(1 - strength.rate * strength.weight_decay)
+    masked = weight.masked_fill(mask, 0.0)
+    # the decay as a gradient
+    pull = (masked.sign() if strength.how == "l1" else masked) * strength.decay
+    if strength.how == "coupled":
+        gradient = gradient + pull
+    first.lerp_(gradient, 1 - b1)
+    seen = first + pull if strength.second_moment == "ast" else gradient
+    second.mul_(b2).addcmul_(seen, seen, value=1 - b2)
+    size = (second / (1 - b2**step)).sqrt_().add_(strength.eps)
+    if strength.how != "coupled":
+        weight.sub_(torch.minimum(rate * pull.abs_() / size, masked.abs()).copysign_(masked))
+    weight.addcdiv_(first, size, value=-rate)
+
+
+class AnnealedAdamW(torch.optim.Optimizer):
+    """Adam over masked weights, with the decay of ``annealed_adam_``; ``strength`` is set before every step."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], masks: Iterable[Tensor], strength: Strength) -> None:
+        super().__init__(weights, {})
+        self.masks = list(masks)
+        self.strength = strength
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for parameter, mask in zip(parameters, self.masks, strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state |= {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            state["step"] += 1
+            own = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            weight, gradient, first, second = (t.to_local() if isinstance(t, DTensor) else t for t in own)
+            annealed_adam_(weight, gradient, first, second, _part(mask, parameter), int(state["step"]), self.strength)
+
+
+class ASTPolicy(Policy):
+    """Retrains a masked model under ``settings``; all parameters are trained, masked weights by AnnealedAdamW.
+
+    ``masks`` (by full tensor name, as stored) are where it starts; without them the score of the model's weights says
+    it. ``pattern`` is N:M, or the share of each row that goes. ``norms`` are Euclidean norms [in] of the linears'
+    inputs, by the names of their weights, for ``score = activation``. What is masked need not be zero at the start: it
+    is what may come back. ``finalize`` leaves the stock model with exact zeros under the last masks, which it returns.
+
+    Raises ShearlingError for inputs that the pattern does not divide.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        pattern: Pattern | float,
+        settings: AST,
+        masks: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if settings.score == "activation" and norms is None:
+            raise ShearlingError("score = activation: needs the norms of the linears' inputs")
+        if settings.forward == "soft" and not isinstance(pattern, Pattern):
+            raise ShearlingError("forward = soft: needs an N:M pattern")
+        self.pattern, self.settings = pattern, settings
+        self.paths = [anatomy.path(n, linear) for n in range(anatomy.num_layers) for linear in anatomy.family.linears]
+        self._start, self._norms = dict(masks or {}), dict(norms or {})
+        self._model: Any = None
+        self._linears: dict[str, EffectiveLinear] = {}
+        self._optimizer: AnnealedAdamW | None = None
+        self._hooks = ExitStack()
+        self._told: dict[str, float | Tensor] = {}
+        #: (step, r_t, r0_t) of every refresh
+        self.flips: list[tuple[int, float, float]] = []
+
+    def attach(self, model: Any, settings: TrainSettings) -> None:
+        self._model, self._rate = model, settings.learning_rate
+        for path in self.paths:
+            # before anything changes
+            module = model.get_submodule(path)
+            num_kept(self.pattern, module.weight.shape[0 if isinstance(module, Conv1D) else 1])
+        for path, linear in wrap_(model, self.paths).items():
+            name = f"{path}.weight"
+            self._linears[name] = linear
+            if name not in self._start:
+                self._start[name] = self._chosen(name, linear)
+            mask = self._start[name].to(linear.weight.device, copy=True)
+            if self.settings.forward == "soft":
+                assert isinstance(self.pattern, Pattern)
+                keep, of = self.pattern.keep, self.pattern.of
+                linear.transforms.append(SoftThreshold(linear.weight, mask, keep, of, linear.transposed))
+            else:
+                linear.transforms.append(StraightMask(mask))
+            if self.settings.score == "activation-refreshed":
+                linear.register_buffer(_SQUARES, torch.ones(linear.in_features, device=linear.weight.device))
+                self._hooks.callback(linear.register_forward_pre_hook(_measure).remove)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        masked = {id(linear.weight) for linear in self._linears.values()}
+        rest = [p for p in self._model.parameters() if id(p) not in masked]
+        return [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def optimizer(self) -> AnnealedAdamW:
+        weights = [linear.weight for linear in self._linears.values()]
+        self._optimizer = AnnealedAdamW(weights, self._masks().values(), Strength(0.0, 0.0))
+        return self._optimizer
+
+    def capturable(self) -> bool:
+        return True
+
+    def after_backward(self, ctx: StepContext) -> None:
+        assert self._optimizer is not None
+        own = self.settings
+        decay = annealed(ctx.step, ctx.total_steps, own.decay, own.anneal)
+        rate = self._rate * ctx.rate
+        self._optimizer.strength = Strength(rate, decay, own.decay_by, own.second_moment, own.weight_decay)
+        ctx.metrics["decay"] = decay
+
+    @torch.no_grad()
+    def after_step(self, ctx: StepContext) -> None:
+        done = ctx.step + 1
+        every, frozen = self.settings.refresh_every, (1 - self.settings.freeze) * ctx.total_steps
+        if every and done % every == 0 and done <= frozen:
+            self._refresh(done)
+        ctx.metrics |= self._told
+
+    def _refresh(self, step: int) -> None:
+        """Choose all masks anew, and tell how they moved."""
+        if self.settings.score == "activation-refreshed":
+            # of all processes alike
+            world, squares = join(), [getattr(linear, _SQUARES) for linear in self._linears.values()]
+            mean = world.mean_(torch.cat(squares))
+            for square, part in zip(squares, mean.split([len(s) for s in squares]), strict=True):
+                square.copy_(part)
+        moved = started = total = 0
+        for (name, linear), mask in zip(self._linears.items(), self._masks().values(), strict=True):
+            new = self._chosen(name, linear)
+            moved = moved + (new ^ mask).sum()
+            started = started + (new ^ self._start[name].to(new.device)).sum()
+            total += mask.numel()
+            mask.copy_(new)
+        assert isinstance(moved, Tensor) and isinstance(started, Tensor)
+        self.flips.append((step, moved.item() / total, started.item() / total))
+        self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
+
+    def _masks(self) -> dict[str, Tensor]:
+        """The masks that hold now, by the names of the weights."""
+        found: dict[str, Tensor] = {}
+        for name, linear in self._linears.items():
+            transform = linear.transforms[0]
+            assert isinstance(transform, MaskTransform)
+            found[name] = transform.mask
+        return found
+
+    def _chosen(self, name: str, linear: EffectiveLinear) -> Tensor:
+        """The mask that the score asks for, as the weight is stored."""
+        weight = linear.weight.detach()
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        score = (weight.T if linear.transposed else weight).abs()
+        if self.settings.score == "activation":
+            score = score * self._norms[name].to(score)
+        elif self.settings.score == "activation-refreshed" and hasattr(linear, _SQUARES):
+            score = score * getattr(linear, _SQUARES).sqrt()
+        mask = mask_of(score, self.pattern)
+        return mask.T.contiguous() if linear.transposed else mask
+
+    @torch.no_grad()
+    def finalize(self) -> Sequence[Edit]:
+        self._hooks.close()
+        kept: dict[str, Tensor] = {}
+        for (name, linear), mask in zip(self._linears.items(), self._masks().values(), strict=True):
+            if self.settings.forward == "soft":
+                mask = self._chosen(name, linear)
+            if hasattr(linear, _SQUARES):
+                delattr(linear, _SQUARES)
+            kept[name] = mask.cpu()
+        # multiplies the transforms in
+        unwrap_(self._model, self.paths)
+        pattern = str(self.pattern) if isinstance(self.pattern, Pattern) else None
+        self._model, self._linears, self._optimizer = None, {}, None
+        return [Masks(kept, pattern)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"flips": [list(flip) for flip in self.flips]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.flips = [(int(step), now, start) for step, now, start in state["flips"]]
+        if self.flips:
+            self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
+
+
+#: buffer of a linear: mean square of each of its inputs, over about the last 20 micro-batches
+_SQUARES, _SHARE = "input_squares", 0.05
+
+
+def _measure(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if linear.training:
+        square = args[0].detach().float().square().flatten(0, -2).mean(0)
+        getattr(linear, _SQUARES).lerp_(square, _SHARE)
+
+
+def _part(mask: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a mask that belongs to this process' part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return mask
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return mask[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]

@@ -1,0 +1,341 @@
+"""AST and its relatives: the update, the masks, and what training with them leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from shearling.anatomy import anatomy_of
+from shearling.errors import RecipeError, ShearlingError
+from shearling.methods.ast import AnnealedAdamW, ASTPolicy, Strength, annealed, annealed_adam_
+from shearling.nn import EffectiveLinear, SoftThreshold, StraightMask
+from shearling.plan.patterns import Pattern
+from shearling.recipe import AST, parse_recipe
+from shearling.train import Distillation, TrainSettings, train
+from tests.tiny import FAMILIES, tiny_model, tiny_tokens
+
+TWO_OF_FOUR = Pattern(2, 4)
+LENGTH = 12
+SETTINGS = TrainSettings(
+    tokens=12 * 4 * LENGTH, length=LENGTH, batch=4, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1
+)
+
+
+def own(**changes):
+    return AST(**{"refresh_every": 2, "decay": 1e-3, **changes})
+
+
+def moments(weight):
+    return torch.zeros_like(weight), torch.zeros_like(weight)
+
+
+# --- the update
+
+
+@pytest.mark.parametrize("second_moment", ["ast", "adam"])
+def test_without_a_gradient_masked_weights_shrink_and_kept_ones_stay(second_moment):
+    weight = torch.tensor([0.1, 1.0, -0.1], dtype=torch.float64)
+    first, second = moments(weight)
+    mask = torch.tensor([False, True, False])
+    for step in range(1, 51):
+        before = weight.clone()
+        strength = Strength(1e-3, 1e-4, second_moment=second_moment)
+        annealed_adam_(weight, torch.zeros_like(weight), first, second, mask, step, strength)
+        assert weight[1] == 1.0 and 0 <= weight[0] <= before[0] and weight[2] == -weight[0]
+    # what the reference's rule gives with a bool mask, where its release grows both
+    assert weight[0].item() == pytest.approx(0.034, abs=5e-4) if second_moment == "ast" else weight[0] == 0
+
+
+def test_the_update_by_hand():
+    """First step of the paper's form, in numbers."""
+    weight, gradient = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.2, 0.2], dtype=torch.float64)
+    first, second = moments(weight)
+    strength = Strength(0.01, 0.1, second_moment="ast", weight_decay=0.1, betas=(0.9, 0.95), eps=0.0)
+    annealed_adam_(weight, gradient, first, second, torch.tensor([False, True]), 1, strength)
+    shrunk = 0.5 * (1 - 0.01 * 0.1)
+    # m1 = 0.1 g; u = m1 + lam W where masked; m2 = 0.05 u^2, and its correction takes 0.05 away again
+    u = torch.tensor([0.02 + 0.1 * shrunk, 0.02])
+    expected = [shrunk - 0.01 / 0.1 * u[n].item() / u[n].item() for n in range(2)]
+    assert weight.tolist() == pytest.approx(expected, abs=1e-7)
+    assert first.tolist() == pytest.approx([0.02, 0.02]) and second.tolist() == pytest.approx((0.05 * u**2).tolist())
+
+
+@pytest.mark.parametrize(("how", "decay"), [("decoupled", 0.0), ("coupled", 0.3), ("coupled", 0.0), ("l1", 0.0)])
+def test_relatives_equal_adam_with_the_gradient_they_name(how, decay):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    mask = TWO_OF_FOUR.mask(weight.abs())
+    reference = nn.Parameter(weight.clone())
+    adam = torch.optim.AdamW([reference], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    first, second = moments(weight)
+    for step in range(1, 8):
+        gradient = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+        shrunk = reference.detach() * (1 - 0.01 * 0.1)
+        reference.grad = gradient + decay * shrunk * ~mask
+        adam.step()
+        annealed_adam_(weight, gradient, first, second, mask, step, Strength(0.01, decay, how, weight_decay=0.1))
+        torch.testing.assert_close(weight, reference.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_l1_takes_masked_weights_to_zero_and_no_further():
+    weight = torch.tensor([0.05, -0.05, 0.4, 0.4], dtype=torch.float64)
+    first, second = moments(weight)
+    mask = torch.tensor([False, False, False, True])
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 41):
+        # noise without a mean moves nothing far at this rate
+        gradient = 1e-12 * torch.randn(4, generator=generator, dtype=torch.float64)
+        second.fill_(1.0)
+        annealed_adam_(weight, gradient, first, second, mask, step, Strength(1e-3, 5.0, "l1"))
+    assert weight[0].abs() < 1e-9 and weight[1].abs() < 1e-9
+    # the same distance at every step, however large the weight
+    assert 0.1 < weight[2] < 0.35 and weight[3] == pytest.approx(0.4, abs=1e-6)
+
+
+def test_decay_is_annealed():
+    table = [annealed(step, 40, 8e-5, 0.25) for step in (0, 1, 5, 10, 11, 39)]
+    assert table == pytest.approx([0, 8e-6, 4e-5, 8e-5, 8e-5, 8e-5])
+    assert annealed(0, 40, 8e-5, 0.0) == 8e-5
+
+
+# --- transforms
+
+
+def test_the_gradient_reaches_masked_weights():
+    weight = torch.randn(4, 8, requires_grad=True)
+    mask = TWO_OF_FOUR.mask(weight.detach().abs())
+    factor = torch.randn(4, 8)
+    (StraightMask(mask)(weight) * factor).sum().backward()
+    assert torch.equal(weight.grad, factor)
+    assert not torch.signbit(StraightMask(mask)(-weight.abs())[~mask]).any()
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([(2, 4), (1, 4), (4, 8), (1, 2)]), st.booleans())
+def test_soft_threshold_keeps_the_greatest_less_the_next(seed, numbers, transposed):
+    keep, of = numbers
+    rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = (rows.T.contiguous() if transposed else rows).requires_grad_()
+    transform = SoftThreshold(weight, torch.ones_like(weight).bool(), keep, of, transposed)
+    soft = transform(weight)
+    found = (soft.T if transposed else soft).detach()
+    expected = torch.zeros_like(rows)
+    for row in range(5):
+        for start in range(0, 16, of):
+            group = rows[row, start : start + of].abs()
+            order = group.argsort(descending=True)
+            for index in order[:keep].tolist():
+                size = group[index] - group[order[keep]]
+                expected[row, start + index] = size * rows[row, start + index].sign()
+    scale = (rows * expected).sum() / expected.square().sum()
+    torch.testing.assert_close(found, scale * expected)
+    assert not torch.signbit(found[found == 0]).any()
+    soft.sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+# --- masks in training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"score": "activation-refreshed", "freeze": 0.5},
+        {"forward": "soft", "decay": 0},
+        {"refresh_every": 0, "decay_by": "coupled"},
+    ],
+    ids=str,
+)
+def test_training_ends_in_a_stock_model_with_exact_zeros(family, changes, tmp_path):
+    model = tiny_model(family)
+    names = set(model.state_dict())
+    policy = ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(**changes))
+    seen = {}
+
+    class Watch(type(policy)):
+        """Remembers what the training model says just before the end."""
+
+        def finalize(self):
+            with torch.no_grad():
+                seen["logits"] = self._model.eval()(tiny_tokens(2, LENGTH)).logits
+            return super().finalize()
+
+    policy.__class__ = Watch
+    result = train(model, tiny_tokens(10, LENGTH), [policy], SETTINGS)
+    (edit,) = result.edits
+    assert edit.pattern == "2:4" and set(model.state_dict()) == names
+    assert not any(isinstance(module, EffectiveLinear) for module in model.modules())
+    assert len(edit.kept) == 3 * len(anatomy_of(model.config).family.linears)
+    for name, mask in edit.kept.items():
+        weight = model.get_parameter(name).detach()
+        stored = isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+        rows, kept = (weight.T, mask.T) if stored else (weight, mask)
+        assert (kept.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+        assert not rows[~kept].any() and not torch.signbit(rows[~kept]).any()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tiny_tokens(2, LENGTH)).logits, seen["logits"], rtol=1e-5, atol=1e-5)
+    refreshes = [step for step, _, _ in policy.flips]
+    assert refreshes == (
+        [] if "refresh_every" in changes else [2, 4, 6] if "freeze" in changes else [2, 4, 6, 8, 10, 12]
+    )
+
+
+def test_masks_and_flip_rates_follow_the_weights():
+    """Weights are set from outside: the mask is that of topk, and the rates are counted by hand."""
+    model = tiny_model("llama")
+    policy = ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(refresh_every=1, decay=0))
+    generator = torch.Generator().manual_seed(1)
+    states = []
+
+    class Moving(type(policy)):
+        def after_step(self, ctx):
+            before = {name: mask.clone() for name, mask in self._masks().items()}
+            for linear in self._linears.values():
+                linear.weight.data.add_(0.3 * torch.randn(linear.weight.shape, generator=generator))
+            super().after_step(ctx)
+            states.append((before, {name: mask.clone() for name, mask in self._masks().items()}, dict(ctx.metrics)))
+
+    policy.__class__ = Moving
+    train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, tokens=3 * 4 * LENGTH))
+    start = states[0][0]
+    for before, after, metrics in states:
+        total = sum(mask.numel() for mask in after.values())
+        moved = sum((after[name] != before[name]).sum().item() for name in after)
+        away = sum((after[name] != start[name]).sum().item() for name in after)
+        assert metrics["flip_rate"] == pytest.approx(moved / total) and metrics["flip_rate"] > 0
+        assert metrics["flips_from_start"] == pytest.approx(away / total)
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.booleans())
+def test_masks_equal_topk(seed, tied):
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
+    weight = weight.mul(2).round() if tied else weight
+    mask = TWO_OF_FOUR.mask(weight.abs())
+    groups, kept = weight.abs().unflatten(1, (-1, 4)), mask.unflatten(1, (-1, 4))
+    greatest = groups.topk(2, -1).values.sum(-1)
+    assert torch.equal((groups * kept).sum(-1), greatest) and (kept.sum(-1) == 2).all()
+
+
+def test_decay_shrinks_what_is_masked_and_frees_what_gradients_ask_for():
+    """Against the gradient of a fixed problem: a weight that matters comes back, decay alone forgets it."""
+
+    def masked_size(decay):
+        model = tiny_model("llama")
+        policy = ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(decay=decay, anneal=0.0, refresh_every=0))
+        sizes = []
+
+        class Sizes(type(policy)):
+            def finalize(self):
+                pairs = zip(self._linears.values(), self._masks().values(), strict=True)
+                sizes.append(sum(linear.weight[~mask].abs().sum().item() for linear, mask in pairs))
+                return super().finalize()
+
+        policy.__class__ = Sizes
+        train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, learning_rate=1e-4))
+        return sizes[0]
+
+    assert masked_size(10.0) < masked_size(1.0) < masked_size(0.0)
+
+
+def test_starting_masks_are_those_given_and_what_is_masked_may_come_back():
+    model, anatomy = tiny_model("llama"), anatomy_of(tiny_model("llama").config)
+    # the least important weights stay at first
+    masks = {
+        name: ~TWO_OF_FOUR.mask(parameter.detach().abs())
+        for name, parameter in model.named_parameters()
+        if any(name.endswith(f"{linear}.weight") for linear in anatomy.family.linears)
+    }
+    policy = ASTPolicy(anatomy, TWO_OF_FOUR, own(refresh_every=4, decay=0), masks)
+    train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, learning_rate=1e-5))
+    # the first refresh turns nearly everything round
+    assert policy.flips[0][1] > 0.9 and policy.flips[1][1] < 0.05 and policy.flips[-1][2] > 0.9
+
+
+@pytest.mark.parametrize("score", ["magnitude", "activation-refreshed"])
+def test_resumes_to_the_bit(score, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def start(folder, on_event=None):
+        model = tiny_model("llama")
+        policy = ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(score=score))
+        policies = [Distillation(tiny_model("llama", seed=1)), policy]
+        result = train(model, tiny_tokens(10, LENGTH), policies, SETTINGS, state_dir=folder, on_event=on_event)
+        return model, policy, result
+
+    def stop(event):
+        if event["step"] == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path, stop)
+    (model, policy, result), (whole, other, expected) = start(tmp_path), start(None)
+    assert result.losses == expected.losses and policy.flips == other.flips and len(policy.flips) == 6
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    for name, mask in expected.edits[0].kept.items():
+        assert torch.equal(mask, result.edits[0].kept[name])
+
+
+def test_activation_scores_use_the_norms_given():
+    model = tiny_model("llama")
+    anatomy = anatomy_of(model.config)
+    norms = {
+        name: torch.rand(parameter.shape[1]) + 0.01
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2
+    }
+    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    policy = ASTPolicy(anatomy, TWO_OF_FOUR, own(score="activation", refresh_every=12, decay=0), norms=norms)
+    train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, learning_rate=1e-9))
+    for name in policy._start:
+        assert torch.equal(policy._start[name], TWO_OF_FOUR.mask(dense[name].abs() * norms[name]))
+    with pytest.raises(ShearlingError, match="score = activation: needs the norms"):
+        ASTPolicy(anatomy, TWO_OF_FOUR, own(score="activation"))
+
+
+def test_the_optimizer_skips_weights_without_a_gradient():
+    weights = [nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(2, 4))]
+    optimizer = AnnealedAdamW(weights, [torch.ones(2, 4).bool()] * 2, Strength(0.1, 0.0))
+    weights[0].grad = torch.ones(2, 4)
+    optimizer.step()
+    assert (weights[0] < 1).all() and (weights[1] == 1).all()
+
+
+# --- bad input
+
+
+def test_inputs_that_the_pattern_does_not_divide(tmp_path):
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ShearlingError, match="32 inputs are no multiple of 5"):
+        train(model, tiny_tokens(10, LENGTH), [ASTPolicy(anatomy_of(model.config), Pattern(2, 5), own())], SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(isinstance(module, EffectiveLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"refresh_every": 0, "freeze": 0.2}, "refresh_every = 0 keeps the masks of the start; leave freeze"),
+        ({"forward": "soft"}, "it needs decay = 0"),
+        ({"freeze": 1.0}, "less than 1"),
+        ({"decay_by": "l2"}, "'decoupled', 'coupled' or 'l1'"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, what):
+    with pytest.raises(RecipeError, match=what):
+        parse_recipe(changes, kind=AST)
