@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from shearling.anatomy import anatomy_of
+from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy
+from shearling.plan.patterns import Pattern
+from shearling.recipe import AST
 from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, train
-from tests.test_train_resume import Masks
 from tests.tiny import tiny_model, tiny_tokens
 
 LENGTH = 16
@@ -26,7 +28,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "masks", "untied")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "untied")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -42,8 +44,12 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
         policies = [LayerwiseDistillation(teacher, 0.5), Distillation(teacher)]
     if kind == "lora":
         policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
-    if kind == "masks":
-        policies = [Masks()]
+    if kind == "ast":
+        settings = AST(refresh_every=2, decay=1e-3, score="activation-refreshed")
+        policies = [
+            Distillation(tiny_model("llama", seed=3)),
+            ASTPolicy(anatomy_of(model.config), Pattern(2, 4), settings),
+        ]
     scores = []
 
     def hear(event: dict[str, Any]) -> None:

@@ -174,6 +174,8 @@ class _Recover(_Strict):
     micro_batch: Tokens = 8
     warmup: Annotated[float, Field(ge=0)] = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    #: weight of the next token's loss; 0 follows the teacher alone
+    cross_entropy: Annotated[float, Field(ge=0)] = 1.0
     #: weight of the divergence from the teacher; 0 trains on text alone
     distill: Annotated[float, Field(ge=0)] = 0.0
     #: which one: KL(teacher || model), KL(model || teacher), or the mean of both against their average
@@ -245,6 +247,12 @@ class _Recover(_Strict):
         return value
 
     @model_validator(mode="after")
+    def _something_to_train_on(self) -> Self:
+        if not (self.cross_entropy or self.distill or self.layerwise):
+            raise ValueError("cross_entropy, distill and layerwise are all 0; one must be above")
+        return self
+
+    @model_validator(mode="after")
     def _chosen_by_validation(self) -> Self:
         if self.keep == "best" and self.validation is None:
             raise ValueError("keep = 'best' needs a validation text")
@@ -305,6 +313,7 @@ Stage = Annotated[PruneStage | Sparsify | RecoverStage, Field(discriminator="sta
 Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
 STAGES = ("prune", "sparsify", "recover")
+RECOVERIES = ("lora", "full", "ast")
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random")
 
 
@@ -323,8 +332,11 @@ class Recipe(_Strict):
     @classmethod
     def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [stage.stage for stage in stages]
-        if names not in (["prune"], ["prune", "recover"], ["sparsify"]):
-            raise ValueError(f"must be prune, prune then recover, or sparsify; got {', '.join(names)}")
+        if names not in (["prune"], ["prune", "recover"], ["sparsify"], ["sparsify", "recover"]):
+            raise ValueError(f"must be prune or sparsify, and recover after either; got {', '.join(names)}")
+        if len(stages) > 1 and isinstance(stages[1], AST) != (names[0] == "sparsify"):
+            wanted = "lora or full" if names[0] == "prune" else "ast, which keeps to masks"
+            raise ValueError(f"after {names[0]}, recover.method must be {wanted}")
         return stages
 
     @property
@@ -335,10 +347,10 @@ class Recipe(_Strict):
         return stage  # pyrefly: ignore[bad-return]
 
     @property
-    def recover(self) -> LoRA | Full | None:
+    def recover(self) -> LoRA | Full | AST | None:
         """The recovery stage, if there is one."""
         stage = self.stages[1] if len(self.stages) > 1 else None
-        assert stage is None or isinstance(stage, LoRA | Full)
+        assert stage is None or isinstance(stage, LoRA | Full | AST)
         return stage
 
     def dump(self) -> str:
@@ -409,7 +421,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
     problem = error.errors()[0]
-    location = [part for part in problem["loc"] if part not in (*STAGES, *METHODS, "lora", "full")]
+    location = [part for part in problem["loc"] if part not in (*STAGES, *METHODS, *RECOVERIES)]
     if location[:1] == ["stages"] and len(location) > 1:
         # as --set addresses it
         stage = content["stages"][location[1]]
@@ -424,7 +436,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
             return f"{field}: is missing"
         case "union_tag_invalid" | "union_tag_not_found":
             tag = problem.get("ctx", {}).get("discriminator", "'stage'").strip("'")
-            valid = METHODS if tag == "method" and "recover" not in problem["loc"] else ("lora", "full")
+            valid = METHODS if tag == "method" and "recover" not in problem["loc"] else RECOVERIES
             valid = STAGES if tag == "stage" else valid
             given = problem["input"].get(tag) if isinstance(problem["input"], dict) else problem["input"]
             near = difflib.get_close_matches(str(given), valid, 1)
@@ -439,7 +451,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
 def _names(location: tuple[int | str, ...]) -> list[str]:
     """Field names that are valid where an unknown key stands."""
     tags = {str(part) for part in location}
-    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full]
+    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full, AST]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
     if "sparsify" in tags:

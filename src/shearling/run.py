@@ -18,12 +18,13 @@ from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
 from shearling.events import OnEvent
 from shearling.export import save_model
+from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
 from shearling.plan import Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
-from shearling.recipe import Evaluation, Full, LoRA, Recipe
+from shearling.recipe import AST, Evaluation, Recipe, RecoverStage
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import cut_
@@ -232,8 +233,8 @@ class _Session:
         anatomy, inventory = anatomy_of(model.config), inventory_of(model)
         return Outcome(plan_of(name, method, anatomy, inventory, edits, measured["importance"]), edits)
 
-    def _recover(self, model: Any, outcome: Outcome, stage: LoRA | Full) -> tuple[Any, TrainResult]:
-        recipe = self.recipe
+    def _recover(self, model: Any, outcome: Outcome, stage: RecoverStage) -> tuple[Any, TrainResult]:
+        recipe, dense = self.recipe, self.dense[0]
         text: Tensor | Windows
         if is_packed(Path(stage.text)):
             text = PackedTokens(Path(stage.text)).windows(stage.length)
@@ -241,7 +242,13 @@ class _Session:
             tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
             text = windows(tokens, None, stage.length, seed=recipe.seed)
         settings = recovery_settings(recipe, stage)
-        model, policies = made_trainable(stage, model, outcome.plan)
+        masks, norms = None, None
+        if isinstance(stage, AST):
+            masks = masks_of(outcome.edits)
+            unmask_(model, dense, masks)
+            if stage.score == "activation":
+                norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
+        model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)
 
         def tell(event: dict[str, Any]) -> None:
             if self.world.first:
@@ -252,7 +259,7 @@ class _Session:
             wanted = stage.validation_windows * stage.length
             held_out = windows(corpus_tokens(stage.validation, self.dense[1], max_tokens=wanted), None, stage.length)
         state = self.folder.state / "train"
-        with teaching(recipe, stage, model, self.dense[0], text, self._say) as followed:
+        with teaching(recipe, stage, model, dense, text, self._say) as followed:
             policies += followed
             result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
         if result.stopped:

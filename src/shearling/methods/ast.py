@@ -36,6 +36,7 @@ from shearling.nn import EffectiveLinear, MaskTransform, SoftThreshold, Straight
 from shearling.plan import Edit, Masks
 from shearling.plan.patterns import Pattern, mask_of, num_kept
 from shearling.recipe import AST
+from shearling.sweep import Moments, Walk
 from shearling.train import Policy, StepContext, TrainSettings, join
 
 
@@ -159,7 +160,8 @@ class ASTPolicy(Policy):
             else:
                 linear.transforms.append(StraightMask(mask))
             if self.settings.score == "activation-refreshed":
-                linear.register_buffer(_SQUARES, torch.ones(linear.in_features, device=linear.weight.device))
+                for buffer in (_SQUARES, _SUMS):
+                    linear.register_buffer(buffer, torch.zeros(linear.in_features, device=linear.weight.device))
                 self._hooks.callback(linear.register_forward_pre_hook(_measure).remove)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -189,6 +191,8 @@ class ASTPolicy(Policy):
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
         done = ctx.step + 1
+        if self.settings.score == "activation-refreshed":
+            self._remember()
         every, frozen = self.settings.refresh_every, (1 - self.settings.freeze) * ctx.total_steps
         if every and done % every == 0 and done <= frozen:
             self._refresh(done)
@@ -196,12 +200,6 @@ class ASTPolicy(Policy):
 
     def _refresh(self, step: int) -> None:
         """Choose all masks anew, and tell how they moved."""
-        if self.settings.score == "activation-refreshed":
-            # of all processes alike
-            world, squares = join(), [getattr(linear, _SQUARES) for linear in self._linears.values()]
-            mean = world.mean_(torch.cat(squares))
-            for square, part in zip(squares, mean.split([len(s) for s in squares]), strict=True):
-                square.copy_(part)
         moved = started = total = 0
         for (name, linear), mask in zip(self._linears.items(), self._masks().values(), strict=True):
             new = self._chosen(name, linear)
@@ -212,6 +210,13 @@ class ASTPolicy(Policy):
         assert isinstance(moved, Tensor) and isinstance(started, Tensor)
         self.flips.append((step, moved.item() / total, started.item() / total))
         self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
+
+    def _remember(self) -> None:
+        """Let a step's squares of the inputs, those of all processes, into their running mean."""
+        squares, sums = ([getattr(linear, name) for linear in self._linears.values()] for name in (_SQUARES, _SUMS))
+        seen = join().sum_(torch.cat(sums)).split([len(part) for part in sums])
+        torch._foreach_lerp_(squares, list(seen), _SHARE)
+        torch._foreach_zero_(sums)
 
     def _masks(self) -> dict[str, Tensor]:
         """The masks that hold now, by the names of the weights."""
@@ -229,7 +234,7 @@ class ASTPolicy(Policy):
         score = (weight.T if linear.transposed else weight).abs()
         if self.settings.score == "activation":
             score = score * self._norms[name].to(score)
-        elif self.settings.score == "activation-refreshed" and hasattr(linear, _SQUARES):
+        elif hasattr(linear, _SQUARES):
             score = score * getattr(linear, _SQUARES).sqrt()
         mask = mask_of(score, self.pattern)
         return mask.T.contiguous() if linear.transposed else mask
@@ -241,8 +246,8 @@ class ASTPolicy(Policy):
         for (name, linear), mask in zip(self._linears.items(), self._masks().values(), strict=True):
             if self.settings.forward == "soft":
                 mask = self._chosen(name, linear)
-            if hasattr(linear, _SQUARES):
-                delattr(linear, _SQUARES)
+            for buffer in (_SQUARES, _SUMS):
+                linear._buffers.pop(buffer, None)
             kept[name] = mask.cpu()
         # multiplies the transforms in
         unwrap_(self._model, self.paths)
@@ -259,14 +264,38 @@ class ASTPolicy(Policy):
             self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
 
 
-#: buffer of a linear: mean square of each of its inputs, over about the last 20 micro-batches
-_SQUARES, _SHARE = "input_squares", 0.05
+def masks_of(edits: Sequence[Edit]) -> Mapping[str, Tensor]:
+    """The masks among the edits of a one-shot method."""
+    return next(edit.kept for edit in edits if isinstance(edit, Masks))
+
+
+@torch.no_grad()
+def unmask_(model: Any, dense: Any, masks: Mapping[str, Tensor]) -> None:
+    """Give masked weights the values back that they have in the dense model: what may come back starts from there."""
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        weight.copy_(torch.where(mask.to(weight.device), weight, dense.get_parameter(name).to(weight)))
+
+
+def input_norms(model: Any, tokens: Tensor, batch: int) -> dict[str, Tensor]:
+    """Euclidean norms of the inputs of all linears of the blocks over windows [num, T], by the names of the weights."""
+    walk = Walk(model, tokens, batch=batch)
+    states, found = walk.enter(), {}
+    for layer in range(len(walk.blocks)):
+        moments = {name: Moments() for name in walk.anatomy.family.linears}
+        walk.advance(layer, states, taps=moments)
+        found |= {f"{walk.anatomy.path(layer, name)}.weight": each.result().norm for name, each in moments.items()}
+    return found
+
+
+#: buffers of a linear: squares of its inputs summed over a step, and their running mean over about the last 20 steps
+_SUMS, _SQUARES = "input_sums", "input_squares"
+_SHARE = 0.05
 
 
 def _measure(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
     if linear.training:
-        square = args[0].detach().float().square().flatten(0, -2).mean(0)
-        getattr(linear, _SQUARES).lerp_(square, _SHARE)
+        getattr(linear, _SUMS).add_(args[0].detach().float().square().flatten(0, -2).sum(0))
 
 
 def _part(mask: Tensor, parameter: Tensor) -> Tensor:

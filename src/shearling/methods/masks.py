@@ -55,7 +55,7 @@ def plan_masks(
     """
     walk = Walk(model, tokens, batch=batch, device=device)
     anatomy = walk.anatomy
-    pattern = _pattern(settings)
+    pattern = pattern_of(settings)
     # refuses what does not divide
     preview_masks(model, settings)
     store = Store(None)
@@ -109,7 +109,7 @@ def plan_masks(
 def preview_masks(model: Any, settings: Sparsify, name: str = "") -> Plan:
     """The plan before anything is measured. ``model`` may be on meta. ShearlingError as ``plan_masks``."""
     anatomy = anatomy_of(model.config)
-    pattern = _pattern(settings)
+    pattern = pattern_of(settings)
     kept = covered = 0
     for layer in range(anatomy.num_layers):
         for inner in anatomy.family.linears:
@@ -120,7 +120,8 @@ def preview_masks(model: Any, settings: Sparsify, name: str = "") -> Plan:
     return replace(plan, masked=Masked(settings.pattern, kept, covered))
 
 
-def _pattern(settings: Sparsify) -> Pattern | float:
+def pattern_of(settings: Sparsify) -> Pattern | float:
+    """N:M, or the share of each row that goes."""
     return settings.sparsity if settings.pattern == UNSTRUCTURED else Pattern.parse(settings.pattern)
 
 

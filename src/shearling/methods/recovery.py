@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shearling.anatomy import anatomy_of
+from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
+from shearling.methods.masks import pattern_of
 from shearling.plan import Plan, Structure
-from shearling.recipe import Full, LoRA, Recipe
+from shearling.recipe import AST, Full, Recipe, RecoverStage, Sparsify
 from shearling.surgery import cut_
 from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
 
 
-def recovery_settings(recipe: Recipe, stage: LoRA | Full) -> TrainSettings:
+def recovery_settings(recipe: Recipe, stage: RecoverStage) -> TrainSettings:
     """What the training loop is told."""
     return TrainSettings(
         tokens=stage.tokens,
@@ -26,6 +30,7 @@ def recovery_settings(recipe: Recipe, stage: LoRA | Full) -> TrainSettings:
         learning_rate=stage.learning_rate,
         warmup=stage.warmup,
         schedule=stage.schedule,
+        cross_entropy=stage.cross_entropy,
         log_every=1,
         checkpoint_every=stage.checkpoint_every,
         recompute=stage.recompute,
@@ -37,17 +42,30 @@ def recovery_settings(recipe: Recipe, stage: LoRA | Full) -> TrainSettings:
     )
 
 
-def made_trainable(stage: LoRA | Full, model: Any, plan: Plan) -> tuple[Any, list[Policy]]:
-    """The cut model in the precision it is trained in, and the policies that say which of its parameters are."""
+def made_trainable(
+    recipe: Recipe,
+    stage: RecoverStage,
+    model: Any,
+    plan: Plan,
+    masks: Mapping[str, Tensor] | None = None,
+    norms: Mapping[str, Tensor] | None = None,
+) -> tuple[Any, list[Policy]]:
+    """The cut model in the precision it is trained in, and the policies that say which of its parameters are.
+
+    ``masks`` and ``norms`` are as ``ASTPolicy`` has them.
+    """
     if isinstance(stage, Full):
         # an optimizer's small steps vanish in half precision
         return model.float(), []
+    if isinstance(stage, AST):
+        assert isinstance(recipe.first, Sparsify), "recipes let ast follow masks alone"
+        return model.float(), [ASTPolicy(anatomy_of(model.config), pattern_of(recipe.first), stage, masks, norms)]
     ranks = allocate_ranks(_shares(plan, stage.ranks), stage.mean_rank, stage.ranks)
     return model, [LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank)]
 
 
 def recovery_memory(
-    recipe: Recipe, stage: LoRA | Full, dense: Any, planned: Plan, *, compute: torch.dtype | None, processes: int = 1
+    recipe: Recipe, stage: RecoverStage, dense: Any, planned: Plan, *, compute: torch.dtype | None, processes: int = 1
 ) -> Memory:
     """Memory of a recovery, from the ``dense`` model's shapes (it may be on meta) and the plan of its cut.
 
@@ -56,7 +74,7 @@ def recovery_memory(
     model = copy.deepcopy(dense)
     shapes = planned.anatomy_after.shapes
     cut_(model, [Structure({f"ffn.{layer}": tuple(range(shape.ffn)) for layer, shape in enumerate(shapes)})])
-    model, policies = made_trainable(stage, model, planned)
+    model, policies = made_trainable(recipe, stage, model, planned)
     teaches = bool(stage.distill or stage.layerwise) and stage.teacher_cache is None and stage.teacher is None
     dtype = getattr(torch, stage.teacher_dtype or recipe.dtype)
     own = sum(p.numel() * p.element_size() for p in dense.parameters())

@@ -14,7 +14,7 @@ from shearling.data import Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.models import check_finite, load_config, load_model, resolve
-from shearling.recipe import Full, LoRA, Recipe
+from shearling.recipe import Recipe, RecoverStage
 from shearling.train import (
     CachedTeacher,
     Distillation,
@@ -51,7 +51,7 @@ def check_teacher(recipe: Recipe) -> None:
 
 @contextmanager
 def teaching(
-    recipe: Recipe, stage: LoRA | Full, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
+    recipe: Recipe, stage: RecoverStage, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
 ) -> Iterator[list[Policy]]:
     """The policies by which ``model`` follows the teacher of a recovery over ``windows``; none where it has none."""
     if not (stage.distill or stage.layerwise):
@@ -70,7 +70,7 @@ def teaching(
 
 def build_teacher(
     recipe: Recipe,
-    stage: LoRA | Full,
+    stage: RecoverStage,
     model: Any,
     dense: Any,
     windows: Tensor | Windows,
@@ -112,7 +112,7 @@ def build_teacher(
     return CachedTeacher(folder, windows)
 
 
-def _running(recipe: Recipe, stage: LoRA | Full, model: Any, dense: Any, stack: ExitStack) -> Teacher:
+def _running(recipe: Recipe, stage: RecoverStage, model: Any, dense: Any, stack: ExitStack) -> Teacher:
     dtype = getattr(torch, stage.teacher_dtype or recipe.dtype)
     if stage.teacher is None:
         teacher = in_dtype(dense, dtype)

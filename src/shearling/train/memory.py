@@ -87,6 +87,8 @@ def training_memory(
     # the logits of a chunk, the head cast, the gradients of the head and of the states before it
     losses = 4 * arrays * min(chunk, tokens) * vocab + (itemsize + 4 * learned) * vocab * hidden + 4 * tokens * hidden
     weights = sum(p.numel() * p.element_size() for p in empty.parameters())
+    # masks and the like, whole in every process
+    beside += sum(b.numel() * b.element_size() for b in empty.buffers())
     if teacher is not None:
         shape = anatomy_of(teacher.config).shapes[0]
         beside += sum(p.numel() * p.element_size() for p in teacher.parameters())
