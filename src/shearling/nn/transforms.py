@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from shearling.nn.linear import EffectiveLinear
+from shearling.plan import Grid, dequantise
 
 
 class MaskTransform(nn.Module):
@@ -23,3 +28,38 @@ class MaskTransform(nn.Module):
         assert weight.shape == self.mask.shape, f"mask {tuple(self.mask.shape)}, weight {tuple(weight.shape)}"
         # a product would leave -0.0 behind, which 2:4 compressors take for a kept weight
         return torch.where(self.mask, weight, 0.0)
+
+
+class FakeQuantTransform(nn.Module):
+    """Rounds the weight of ``linear`` to the grid that covers it as it is now; gradients pass straight through.
+
+    Keeps neither parameters nor buffers. The product sees exactly what ``grid.quantise`` and ``dequantise`` give, in
+    the weight's type. Append it after a mask, whose zeros it keeps and whose groups then have finer scales.
+    Raises ShearlingError where the grid's groups do not fill the linear's inputs.
+    """
+
+    def __init__(self, grid: Grid, linear: EffectiveLinear) -> None:
+        super().__init__()
+        grid.check(linear.in_features)
+        self.grid = grid
+        self.transposed = linear.transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        stored = weight.detach()
+        rounded = dequantise(*self.grid.quantise(stored.T if self.transposed else stored), weight.dtype)
+        return _StraightThrough.apply(weight, rounded.T if self.transposed else rounded)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.format}, group={self.grid.group}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second tensor, with the first one's gradient; ``w + (q - w).detach()`` would round, and unmake zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        return grad, None
