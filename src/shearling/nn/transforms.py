@@ -54,7 +54,7 @@ class FakeQuantTransform(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second tensor, with the first one's gradient; ``w + (q - w).detach()`` would round, and unmake zeros."""
+    """The second tensor to the bit, its gradient to the first; ``w + (q - w).detach()`` would lean on rounding."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
