@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shearling.nn.linear import EffectiveLinear
+from shearling.plan import Grid, dequantise
+
 
 class MaskTransform(nn.Module):
     """Zeroes the weights where ``mask`` is False.
@@ -32,7 +35,7 @@ class StraightMask(MaskTransform):
 
     def forward(self, weight: Tensor) -> Tensor:
         assert weight.shape == self.mask.shape, f"mask {tuple(self.mask.shape)}, weight {tuple(weight.shape)}"
-        return _Straight.apply(weight, self.mask)
+        return _StraightThrough.apply(weight, torch.where(self.mask, weight.detach(), 0.0))
 
 
 class SoftThreshold(MaskTransform):
@@ -54,7 +57,7 @@ class SoftThreshold(MaskTransform):
         self.register_buffer("scale", ((dense * soft).sum() / soft.square().sum()).to(weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Through.apply(weight, self.scale * self._threshold(weight.detach()))
+        return _StraightThrough.apply(weight, self.scale * self._threshold(weight.detach()))
 
     def _threshold(self, weight: Tensor) -> Tensor:
         rows = weight.T if self.transposed else weight
@@ -66,24 +69,35 @@ class SoftThreshold(MaskTransform):
         return soft.T if self.transposed else soft
 
 
-class _Straight(torch.autograd.Function):
-    """Masked forward, whole gradient back."""
+class FakeQuantTransform(nn.Module):
+    """Rounds the weight of ``linear`` to the grid that covers it as it is now; gradients pass straight through.
+
+    Keeps neither parameters nor buffers. The product sees exactly what ``grid.quantise`` and ``dequantise`` give, in
+    the weight's type. Append it after a mask, whose zeros it keeps and whose groups then have finer scales.
+    Raises ShearlingError where the grid's groups do not fill the linear's inputs.
+    """
+
+    def __init__(self, grid: Grid, linear: EffectiveLinear) -> None:
+        super().__init__()
+        grid.check(linear.in_features)
+        self.grid = grid
+        self.transposed = linear.transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        stored = weight.detach()
+        rounded = dequantise(*self.grid.quantise(stored.T if self.transposed else stored), weight.dtype)
+        return _StraightThrough.apply(weight, rounded.T if self.transposed else rounded)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.format}, group={self.grid.group}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second tensor to the bit, its gradient to the first; ``w + (q - w).detach()`` would lean on rounding."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
-        return grad, None
-
-
-class _Through(torch.autograd.Function):
-    """Something else forward, the gradient to the weight it stands for."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, instead: Tensor) -> Tensor:
-        return instead
+    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]

@@ -3,6 +3,7 @@
 from shearling.plan.budget import cap_shares, round_to_total
 from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
 from shearling.plan.files import load_edits, save_edits, write_bytes, write_tensors, write_whole
+from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan, engines
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
@@ -10,8 +11,10 @@ from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, 
 
 __all__ = [
     "Adapters",
+    "Codes",
     "Delta",
     "Edit",
+    "Grid",
     "Inventory",
     "Masked",
     "Masks",
@@ -24,6 +27,7 @@ __all__ = [
     "cap_shares",
     "check_order",
     "check_structure",
+    "dequantise",
     "edit_size",
     "engines",
     "inventory_after",

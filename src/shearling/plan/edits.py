@@ -108,9 +108,10 @@ class Adapters:
 
 @dataclass(frozen=True, eq=False)
 class Quant:
-    """Weights on an integer grid: ``(codes - zeros) * scales`` per group along the input, by full tensor name.
+    """Weights on a grid: ``(codes - zeros) * scales`` per group along the input, by full tensor name.
 
-    ``codes`` is [out, in] (int8 or uint8), ``scales`` and ``zeros`` are [out, groups].
+    ``codes`` is [out, in] (int8, uint8 or float8) whatever orientation the linear stores, ``scales`` and ``zeros``
+    are [out, groups]: the ``Codes`` of ``grids``.
     """
 
     kind: ClassVar[str] = "quant"

@@ -20,6 +20,7 @@ from shearling.plan import (
     Quant,
     Structure,
     check_order,
+    dequantise,
     kept_layers,
     shape_after,
 )
@@ -57,9 +58,11 @@ def cut_(model: Any, edits: Sequence[Edit]) -> Anatomy:
             case Quant():
                 for name, codes in edit.codes.items():
                     weight = model.get_parameter(name)
-                    scales, zeros = edit.scales[name].float(), edit.zeros[name].float()
-                    grouped = codes.float().unflatten(1, (scales.shape[1], -1))
-                    weight.copy_(((grouped - zeros[..., None]) * scales[..., None]).flatten(1).to(weight))
+                    rounded = dequantise(codes, edit.scales[name], edit.zeros[name], weight.dtype)
+                    if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+                        rounded = rounded.T
+                    _check_shape(name, rounded, weight.shape)
+                    weight.copy_(rounded.to(weight))
     return anatomy
 
 
