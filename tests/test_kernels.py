@@ -11,7 +11,10 @@ import torch
 
 from shearling.kernels import IGNORE, Terms
 from shearling.kernels.head_loss_reference import head_loss_reference
+from shearling.kernels.tables import table_of
+from shearling.methods.ast import Strength, annealed_adam_
 from shearling.methods.sparsegpt import inverse_factor, sweep_reference
+from shearling.plan.patterns import Pattern
 from shearling.train import chunked_cross_entropy, chunked_divergence, chunked_head_loss
 from shearling.train.head import Head
 
@@ -323,3 +326,91 @@ def test_sweep_on_a_gpu(columns, pattern):
 @needs_gpu
 def test_sweep_of_equal_weights_on_a_gpu():
     check_sweep_ties("cuda")
+
+
+# --- many tensors at once
+
+SHAPES = [(7, 16), (40, 256), (1, 8), (33, 48)]
+
+
+def check_annealed_adam(how, second_moment, device="cpu"):
+    from shearling.kernels.annealed_adam import BLOCK, annealed_adam
+
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = ([torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(2))
+    masks = [torch.rand(shape, generator=generator) < 0.5 for shape in SHAPES]
+    exact = [[w.double(), torch.zeros_like(w).double(), torch.zeros_like(w).double()] for w in weights]
+    own = [t.to(device) for t in weights]
+    moments = [[torch.zeros_like(t) for t in own] for _ in range(2)]
+    options = {"rate": 0.01, "decay": 0.3, "how": how, "second_moment": second_moment, "weight_decay": 0.1}
+    numbers = {"betas": (0.9, 0.95), "eps": 1e-8}
+    table = None
+    for step in (1, 2, 3):
+        gradients = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        there = [g.to(device) for g in gradients]
+        table = table_of([own, there, *moments, [m.to(device) for m in masks]], BLOCK, table)
+        annealed_adam(table, step, **options, **numbers)
+        for (weight, first, second), gradient, mask in zip(exact, gradients, masks, strict=True):
+            annealed_adam_(weight, gradient.double(), first, second, mask, step, Strength(**options, **numbers))
+    for number, wanted in enumerate(exact):
+        for found, want in zip((own[number], moments[0][number], moments[1][number]), wanted, strict=True):
+            # where gradient and decay nearly cancel, a single weight may go another way
+            assert (found.double().cpu() - want).norm() <= 1e-4 * want.norm()
+
+
+def check_nm_masks(keep, of, device="cpu"):
+    from shearling.kernels.nm_masks import GROUPS, nm_masks
+
+    generator = torch.Generator().manual_seed(of)
+    shapes = [(5, 4 * of), (300, 8 * of), (1, of)]
+    # half of them with ties
+    weights = [torch.randn(shape, generator=generator).mul(3) for shape in shapes]
+    weights = [weight.round() if number % 2 else weight for number, weight in enumerate(weights)]
+    before, start = ([torch.rand(shape, generator=generator) < 0.5 for shape in shapes] for _ in range(2))
+    kinds = [[t.to(device, copy=True) for t in kind] for kind in (weights, before, start)]
+    counts = nm_masks(table_of(kinds, GROUPS * of), keep, of).tolist()
+    expected = [Pattern(keep, of).mask(weight.abs()) for weight in weights]
+    assert all(torch.equal(mask.cpu(), want) for mask, want in zip(kinds[1], expected, strict=True))
+    assert counts == [
+        sum(int((a ^ b).sum()) for a, b in zip(expected, other, strict=True)) for other in (before, start)
+    ]
+
+
+HOWS = [("decoupled", "adam"), ("decoupled", "ast"), ("coupled", "adam"), ("l1", "adam")]
+PATTERNS = [(2, 4), (1, 4), (4, 8), (2, 3), (1, 16)]
+
+
+@interpreted
+@pytest.mark.parametrize(("how", "second_moment"), HOWS)
+def test_interpreted_annealed_adam(how, second_moment):
+    check_annealed_adam(how, second_moment)
+
+
+@interpreted
+@pytest.mark.parametrize(("keep", "of"), PATTERNS)
+def test_interpreted_nm_masks(keep, of):
+    check_nm_masks(keep, of)
+
+
+@pytest.mark.parametrize(("how", "second_moment"), HOWS)
+@pytest.mark.gpu
+@needs_gpu
+def test_annealed_adam_on_a_gpu(how, second_moment):
+    check_annealed_adam(how, second_moment, "cuda")
+
+
+@pytest.mark.parametrize(("keep", "of"), PATTERNS)
+@pytest.mark.gpu
+@needs_gpu
+def test_nm_masks_on_a_gpu(keep, of):
+    check_nm_masks(keep, of, "cuda")
+
+
+def test_a_table_is_made_again_only_for_other_tensors():
+    tensors = [torch.zeros(5), torch.zeros(9)]
+    table = table_of([tensors, tensors], 4)
+    assert table.owners.tolist() == [0, 0, 1, 1, 1] and table.starts.tolist() == [0, 4, 0, 4, 8]
+    assert table.sizes.tolist() == [5, 9] and table.addresses.tolist() == [[t.data_ptr() for t in tensors]] * 2
+    assert table_of([tensors, tensors], 4, table) is table
+    others = [torch.zeros(5), torch.zeros(9)]
+    assert table_of([tensors, others], 4, table).addresses[1].tolist() == [t.data_ptr() for t in others]
