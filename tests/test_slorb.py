@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -416,6 +417,12 @@ def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path) -> None:
     config.write_text(text)
     tensors.write_bytes(content[:-20])
     with pytest.raises(ShearlingError, match="cannot be read"):
+        load_adapters(tmp_path)
+    factors = safetensors.torch.load(content)
+    safetensors.torch.save_file(
+        {name: t for name, t in factors.items() if "0.self_attn.q_proj.lora_A" not in name}, tensors
+    )
+    with pytest.raises(ShearlingError, match=r"layers\.0\.self_attn\.q_proj has one factor"):
         load_adapters(tmp_path)
     tensors.unlink()
     with pytest.raises(ShearlingError, match="no adapter_model.safetensors"):

@@ -100,7 +100,7 @@ def _part(tensors: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
 
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
+    alpha = config.get("lora_alpha", 8)  # peft's default
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         # peft takes keys for regular expressions that the end of a path matches, and the first that does
         if re.match(rf"(.*\.)?({pattern})$", path):

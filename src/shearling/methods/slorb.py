@@ -76,8 +76,8 @@ def overhead(adapters: Adapters, *, down_trained: bool) -> float:
 def _leading(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors [O, R] and [R, I] of the best rank-R approximation, components in falling order; one is orthonormal.
 
-    By the eigenvectors of the smaller product of the matrix with itself, which GPUs find much faster than singular
-    vectors. What they capture falls short by no more than rounding of the largest eigenvalue.
+    By the eigenvectors of the smaller product of the matrix with itself, which cost less than singular vectors. Small
+    singular values come out inexact, but what is captured falls short only by rounding of the whole.
     """
     if matrix_OI.shape[0] > matrix_OI.shape[1]:
         right, left = _leading(matrix_OI.T, rank)
