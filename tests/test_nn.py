@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shearling.errors import ShearlingError
-from shearling.nn import EffectiveLinear, LoRABranch, MaskTransform, unwrap_, wrap_
+from shearling.nn import EffectiveLinear, LoRABranch, LowRankBranch, MaskTransform, plain_state, unwrap_, wrap_
 from tests.tiny import tiny_model, tiny_tokens
 
 
@@ -203,6 +203,43 @@ def test_lora_starts_at_zero_in_float32_and_mixes_with_bfloat16():
     assert y.dtype == torch.bfloat16 and torch.equal(y, linear(x))
     # Kaiming-uniform with a = sqrt(5): the bound is 1 / sqrt(fan in)
     assert 0 < branch.down.abs().max() <= 16**-0.5
+
+
+def test_lora_draws_down_from_the_global_generator_and_is_a_low_rank_branch():
+    torch.manual_seed(3)
+    branch = LoRABranch(16, 8, 4, 8.0)
+    torch.manual_seed(3)
+    # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan in)
+    torch.testing.assert_close(branch.down, nn.Parameter(torch.empty(4, 16).uniform_(-0.25, 0.25)))
+    assert isinstance(branch, LowRankBranch) and list(branch.state_dict()) == ["down", "up"]
+    assert branch.rank == 4 and not branch.up.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_low_rank_branch_multiplies_copies_of_its_factors(dtype):
+    down, up = torch.randn(3, 16).to(dtype), torch.randn(3, 8).to(dtype).T
+    branch, x = LowRankBranch(down, up, 0.5), torch.randn(2, 5, 16)
+    assert branch.down.dtype == branch.up.dtype == torch.float32 and branch.up.is_contiguous()
+    expected = 0.5 * up.double() @ down.double()
+    torch.testing.assert_close(branch.matrix(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(branch(x).double(), x.double() @ expected.T, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        branch.down.zero_()
+        branch.up.zero_()
+    assert down.all() and up.all()
+    assert torch.equal(LowRankBranch(down, up).matrix(), up.float().double() @ down.float().double())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_plain_state_is_the_stock_model_s_with_transforms_applied(family):
+    stock, model, tokens = tiny_model(family), tiny_model(family), tiny_tokens()
+    wrapped = decorate(model)
+    state = plain_state(model)
+    assert list(state) == list(stock.state_dict()) and len(wrapped) == len(linears(stock))
+    stock.load_state_dict(state)
+    for linear in wrapped.values():
+        linear.branches = nn.ModuleList()
+    assert torch.equal(stock(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -55,6 +55,7 @@ def load_tokenizer(name: str) -> Any:
 def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """A causal language model in evaluation mode, in ``dtype`` (the checkpoint's own where None).
 
+    Branches that ``save_model`` put into the folder stand beside their linears, in float32.
     Weights are read from safetensors only. Raises ShearlingError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
@@ -63,7 +64,16 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.dev
     model = _loaded(
         name, AutoModelForCausalLM.from_pretrained, dtype="auto" if dtype is None else dtype, use_safetensors=True
     )
+    _attach_saved(model, Path(resolve(name)))
     return model.to(device).eval()
+
+
+def _attach_saved(model: nn.Module, folder: Path) -> None:
+    from shearling.export import ADAPTER, load_adapters
+    from shearling.surgery import attach_adapters_
+
+    if (folder / ADAPTER).is_dir():
+        attach_adapters_(model, load_adapters(folder / ADAPTER))
 
 
 def empty_model(name: str, dtype: str = "float32") -> Any:

@@ -1,7 +1,7 @@
 """What a model is made of, as data: spaces, layouts, and what a stock config can express."""
 
 from shearling.anatomy.lookup import anatomy_of, family_names, family_of
-from shearling.anatomy.spec import Anatomy, BlockShape, Family, Layout, parse_layout
+from shearling.anatomy.spec import Anatomy, BlockShape, Family, Layout, is_branch, parse_layout
 from shearling.anatomy.stock import PER_LAYER_PREFIX, config_updates, expressible
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "expressible",
     "family_names",
     "family_of",
+    "is_branch",
     "parse_layout",
 ]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from shearling.errors import ShearlingError
+
 Layout = tuple[tuple[str, ...], ...]
 SPACES = ("hidden", "ffn", "query", "kv", "head_dim", "fixed")
 
@@ -33,6 +35,11 @@ def parse_layout(text: str) -> Layout:
             if space not in SPACES:
                 raise ValueError(f"layout {text!r}: no space {space!r}; spaces are {', '.join(SPACES)}")
     return layout
+
+
+def is_branch(name: str) -> bool:
+    """Whether a parameter belongs to a branch beside a linear, which the stock model has not."""
+    return ".branches." in name
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ class Family:
         """Names of all linears inside a block, in the order in which a token meets them."""
         return (*self.attention_inputs, self.attention_output, *self.ffn_inputs, self.ffn_output)
 
+    @property
+    def input_first(self) -> bool:
+        """Whether the linears of a block store [in, out]."""
+        return parse_layout(self.block[f"{self.ffn_output}.weight"])[0] == ("ffn",)
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -129,6 +141,8 @@ class Anatomy:
                 text = "hidden"
         else:
             text = family.outside.get(name)
+        if text is None and is_branch(name):
+            raise ShearlingError(f"{name}: is a branch beside a linear, which no plan cuts; merge it first (unwrap_)")
         if text is None:
             raise ValueError(
                 f"{name}: not described by the anatomy of {family.model_type}; "

@@ -1,6 +1,7 @@
 """Checkpoints that others load."""
 
+from shearling.export.adapters import load_adapters, save_adapters
 from shearling.export.classes import per_layer_classes, register
-from shearling.export.huggingface import save_model
+from shearling.export.huggingface import ADAPTER, save_model
 
-__all__ = ["per_layer_classes", "register", "save_model"]
+__all__ = ["ADAPTER", "load_adapters", "per_layer_classes", "register", "save_adapters", "save_model"]

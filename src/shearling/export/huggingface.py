@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 
 from shearling.anatomy import PER_LAYER_PREFIX, anatomy_of
 from shearling.errors import ShearlingError, unwritable
+from shearling.export.adapters import save_adapters
 from shearling.export.classes import per_layer_classes
+from shearling.nn import plain_state
+from shearling.surgery import adapters_of
+
+#: where in a checkpoint's folder its branches are
+ADAPTER = "adapter"
 
 
 def save_model(
@@ -21,17 +27,22 @@ def save_model(
     """Write weights, config, generation config, tokenizer, ``shearling.json`` and the model card into a new folder.
 
     Everything is written beside the folder first and moved there whole. Uniform widths load with plain
-    ``AutoModelForCausalLM.from_pretrained``; per-layer widths after ``import shearling``.
-    Raises ShearlingError when the folder exists or cannot be written.
+    ``AutoModelForCausalLM.from_pretrained``; per-layer widths after ``import shearling``. Weights are written as they
+    are multiplied, after any transforms; branches beside them become a peft folder ``adapter/``, which
+    ``shearling.load_model`` attaches again and ``peft.PeftModel.from_pretrained`` loads.
+    Raises ShearlingError when the folder exists or cannot be written, and for a transformed weight that is tied.
     """
     folder = Path(folder)
     if folder.exists():
         raise ShearlingError(f"{folder}: already exists; choose another folder or remove it")
     unfinished = folder.with_name(folder.name + ".unfinished")
+    state, adapters = plain_state(model), adapters_of(model)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=state)
+        if adapters.down:
+            save_adapters(adapters, unfinished / ADAPTER, anatomy_of(model.config))
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         _name_classes(unfinished / "config.json", model)
@@ -40,8 +51,10 @@ def save_model(
             (unfinished / "README.md").write_text(card)
         unfinished.replace(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise unwritable(folder, error) from error
+    finally:
+        # gone already where it took its place
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _name_classes(path: Path, model: Any) -> None:

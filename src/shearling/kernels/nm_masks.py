@@ -18,8 +18,8 @@ WARPS = 8
 def nm_masks(table: Table, keep: int, of: int) -> Tensor:
     """Choose masks anew in place; returns how many entries differ from before, and from the start [2] (int64).
 
-    The kinds of ``table``, in blocks of ``GROUPS * of`` elements, are weights (float32, stored [out, in]), masks and the
-    masks of the start (bool). Of equal sizes the lower index stays.
+    The kinds of ``table``, in blocks of ``GROUPS * of`` elements, are weights (float32, stored [out, in]), masks and
+    the masks of the start (bool). Of equal sizes the lower index stays.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=table.addresses.device)
     # Triton launches on the current device

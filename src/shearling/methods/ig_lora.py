@@ -17,7 +17,6 @@ from typing import Any, Literal
 from torch import nn
 
 from shearling.anatomy import Anatomy
-from shearling.anatomy.spec import parse_layout
 from shearling.errors import ShearlingError
 from shearling.nn import LoRABranch, unwrap_, wrap_
 from shearling.plan import Adapters, Edit, round_to_total
@@ -112,13 +111,8 @@ def peft_config(anatomy: Anatomy, ranks: Sequence[int], alpha_over_rank: float =
         "bias": "none",
         "rank_pattern": pattern,
         "alpha_pattern": {path: alpha_over_rank * rank for path, rank in pattern.items()},
-        "fan_in_fan_out": _stores_input_first(anatomy),
+        "fan_in_fan_out": anatomy.family.input_first,
     }
-
-
-def _stores_input_first(anatomy: Anatomy) -> bool:
-    family = anatomy.family
-    return parse_layout(family.block[f"{family.ffn_output}.weight"])[0] == ("ffn",)
 
 
 def _check_ranks(anatomy: Anatomy, ranks: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """Linears in training: master weight -> weight transforms -> product, plus additive branches."""
 
-from shearling.nn.branches import Branch, LoRABranch
-from shearling.nn.linear import EffectiveLinear, is_linear, unwrap_, wrap_
+from shearling.nn.branches import Branch, LoRABranch, LowRankBranch
+from shearling.nn.linear import EffectiveLinear, is_linear, plain_state, unwrap_, wrap_, wrapped_linears
 from shearling.nn.transforms import FakeQuantTransform, MaskTransform, SoftThreshold, StraightMask
 
 __all__ = [
@@ -9,10 +9,13 @@ __all__ = [
     "EffectiveLinear",
     "FakeQuantTransform",
     "LoRABranch",
+    "LowRankBranch",
     "MaskTransform",
     "SoftThreshold",
     "StraightMask",
     "is_linear",
+    "plain_state",
     "unwrap_",
     "wrap_",
+    "wrapped_linears",
 ]

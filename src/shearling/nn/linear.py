@@ -130,6 +130,11 @@ def wrap_(model: nn.Module, names: Iterable[str]) -> dict[str, EffectiveLinear]:
     return result
 
 
+def wrapped_linears(model: nn.Module) -> dict[str, EffectiveLinear]:
+    """Every EffectiveLinear of a model by its path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, EffectiveLinear)}
+
+
 @torch.no_grad()
 def unwrap_(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Merge transforms and branches into the weights and put plain modules back, in place.
@@ -138,17 +143,35 @@ def unwrap_(model: nn.Module, names: Iterable[str] | None = None) -> None:
     Raises ShearlingError, before anything changes, for a changed linear whose weight another module shares: merging
     would change that module too.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, EffectiveLinear)}
+    found = wrapped_linears(model)
     if names is not None:
         found = {name: found[name] for name in names}
-    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for name, module in found.items():
-        if module.changed and holders[id(module.weight)] > 1:
-            raise ShearlingError(f"{name}: its weight is tied to another module's; untie it before merging")
+    _check_untied(model, {name: module for name, module in found.items() if module.changed})
     for module in found.values():
         if module.changed:
             module.weight.copy_(module.merged_weight())
     _replace(model, {module: module.stock() for module in found.values()})
+
+
+@torch.no_grad()
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the stock model that multiplies the same weights: transforms are in them, branches left out.
+
+    Raises ShearlingError for a transformed linear whose weight another module shares.
+    """
+    state, found = model.state_dict(), wrapped_linears(model)
+    transformed = {name: module for name, module in found.items() if len(module.transforms)}
+    _check_untied(model, transformed)
+    ours = tuple(f"{name}.{part}." for name in found for part in ("transforms", "branches"))
+    plain = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
+    return plain | {f"{name}.weight": module.effective_weight() for name, module in transformed.items()}
+
+
+def _check_untied(model: nn.Module, linears: dict[str, EffectiveLinear]) -> None:
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, module in linears.items():
+        if holders[id(module.weight)] > 1:
+            raise ShearlingError(f"{name}: its weight is tied to another module's; untie it before merging")
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, EffectiveLinear] | dict[EffectiveLinear, nn.Module]) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from shearling.anatomy import Anatomy, Layout
+from shearling.anatomy import Anatomy, Layout, is_branch
 
 
 class TensorSize(NamedTuple):
@@ -74,15 +74,18 @@ def inventory_after(
 
 
 def sizes(inventory: Inventory, anatomy: Anatomy) -> Sizes:
-    """Totals of an inventory. FLOPs count two per multiply-add of every matrix product, the output head included."""
+    """Totals of an inventory, branches beside linears included.
+
+    FLOPs count two per multiply-add of every matrix product, the output head included.
+    """
     parameters = bytes_ = ffn = matmul = 0
     itemsize = 0
     for name, tensor in inventory.items():
         parameters += tensor.numel
         bytes_ += tensor.numel * tensor.itemsize
-        itemsize = max(itemsize, tensor.itemsize)
-        if any("ffn" in axis for axis in anatomy.layout(name)):
-            ffn += tensor.numel
+        if not is_branch(name):
+            itemsize = max(itemsize, tensor.itemsize)
+            ffn += tensor.numel if any("ffn" in axis for axis in anatomy.layout(name)) else 0
         if anatomy.layer_of(name) is not None and len(tensor.shape) == 2:
             matmul += tensor.numel
     kv = sum(2 * shape.kv_heads * anatomy.head_dim * itemsize for shape in anatomy.shapes)
