@@ -15,12 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from shearling.anatomy import anatomy_of
 from shearling.errors import RecipeError, ShearlingError
+from shearling.export import save_model
 from shearling.methods.ast import AnnealedAdamW, ASTPolicy, Strength, annealed, annealed_adam_
+from shearling.models import load_model
 from shearling.nn import EffectiveLinear, SoftThreshold, StraightMask
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST, parse_recipe
+from shearling.surgery import attach_adapters_
 from shearling.train import Distillation, TrainSettings, train
-from tests.tiny import FAMILIES, tiny_model, tiny_tokens
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
 TWO_OF_FOUR = Pattern(2, 4)
 LENGTH = 12
@@ -153,6 +156,8 @@ def test_soft_threshold_keeps_the_greatest_less_the_next(seed, numbers, transpos
         {"score": "activation-refreshed", "freeze": 0.5},
         {"forward": "soft", "decay": 0},
         {"refresh_every": 0, "decay_by": "coupled"},
+        {"quantise": "int4", "group": 8},
+        {"quantise": "float8_e4m3", "score": "activation-refreshed"},
     ],
     ids=str,
 )
@@ -303,7 +308,7 @@ def test_activation_scores_use_the_norms_given():
     train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, learning_rate=1e-9))
     for name in policy._start:
         assert torch.equal(policy._start[name], TWO_OF_FOUR.mask(dense[name].abs() * norms[name]))
-    with pytest.raises(ShearlingError, match="score = activation: needs the norms"):
+    with pytest.raises(ShearlingError, match="need the norms of the linears' inputs"):
         ASTPolicy(anatomy, TWO_OF_FOUR, own(score="activation"))
 
 
@@ -315,7 +320,79 @@ def test_the_optimizer_skips_weights_without_a_gradient():
     assert (weights[0] < 1).all() and (weights[1] == 1).all()
 
 
+# --- SLoRB
+
+
+def slorb_policy(model, start="block-mean"):
+    norms = {name: 1.0 + torch.arange(p.shape[-1]) for name, p in model.named_parameters() if p.ndim == 2}
+    settings = own(slorb={"start": start, "size": 4})
+    return ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, settings, norms=norms)
+
+
+@pytest.mark.parametrize("start", ["block-mean", "svd", "activation-svd"])
+def test_branches_stay_beside_the_zeros(start, tmp_path):
+    model, ids = tiny_model("llama"), tiny_tokens(2, LENGTH)
+    policy, seen = slorb_policy(model, start), {}
+
+    class Watch(type(policy)):
+        def finalize(self):
+            with torch.no_grad():
+                seen["logits"] = self._model.eval()(ids).logits
+            return super().finalize()
+
+    policy.__class__ = Watch
+    result = train(model, tiny_tokens(10, LENGTH), [policy], SETTINGS)
+    masks, adapters = result.edits
+    for name, mask in masks.kept.items():
+        assert not model.get_parameter(name)[~mask].any()
+        assert adapters.up[name.removesuffix(".weight")].shape[1] == mask.shape[1] // 4
+    attach_adapters_(model, adapters)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, seen["logits"])
+        save_model(model, tiny_tokenizer(), tmp_path / "model", provenance={})
+        torch.testing.assert_close(load_model(str(tmp_path / "model"))(ids).logits, seen["logits"])
+
+
+def test_a_branch_starts_from_what_the_mask_takes_and_its_reading_factor_may_stay():
+    model = tiny_model("llama")
+    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    policy = slorb_policy(model)
+    settings = own(slorb={"start": "block-mean", "size": 4, "train_down": False})
+    policy.settings, starts = settings, {}
+
+    class Watch(type(policy)):
+        def param_groups(self):
+            starts.update({name: linear.branches[0].up.detach().clone() for name, linear in self._linears.items()})
+            return super().param_groups()
+
+    policy.__class__ = Watch
+    masks, adapters = train(model, tiny_tokens(10, LENGTH), [policy], SETTINGS).edits
+    for name, up in starts.items():
+        gone = dense[name].masked_fill(policy._start[name], 0.0)
+        torch.testing.assert_close(up, gone.unflatten(1, (-1, 4)).mean(-1))
+        path = name.removesuffix(".weight")
+        assert not torch.equal(adapters.up[path], up)
+        assert torch.equal(adapters.down[path], torch.eye(up.shape[1]).repeat_interleave(4, 1))
+
+
 # --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"slorb": {"size": 5}}, "self_attn.q_proj: slorb.size = 5 must divide its 32 inputs"),
+        ({"slorb": {"size": 1}}, "give a rank of 1 to 16"),
+        ({"quantise": "int4", "group": 12}, "12"),
+    ],
+)
+def test_branches_and_grids_that_do_not_fit(changes, what):
+    model = tiny_model("llama")
+    with pytest.raises(ShearlingError, match=what):
+        train(
+            model, tiny_tokens(10, LENGTH), [ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(**changes))], SETTINGS
+        )
+    assert not any(isinstance(module, EffectiveLinear) for module in model.modules())
 
 
 def test_inputs_that_the_pattern_does_not_divide(tmp_path):
@@ -333,6 +410,8 @@ def test_inputs_that_the_pattern_does_not_divide(tmp_path):
         ({"refresh_every": 0, "freeze": 0.2}, "refresh_every = 0 keeps the masks of the start; leave freeze"),
         ({"forward": "soft"}, "it needs decay = 0"),
         ({"freeze": 1.0}, "less than 1"),
+        ({"group": 8}, "group needs quantise"),
+        ({"slorb": {"start": "sum"}}, "'block-mean', 'svd' or 'activation-svd'"),
         ({"decay_by": "l2"}, "'decoupled', 'coupled' or 'l1'"),
     ],
 )

@@ -276,6 +276,20 @@ class Full(_Recover):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
 
 
+class SLoRB(_Strict):
+    """A low-rank branch beside every masked linear, trained with it and kept as an adapter.
+
+    Its rank is a linear's inputs over ``size``, so that all starts weigh the same.
+    """
+
+    #: from what the mask takes: its mean in blocks of ``size`` inputs, or its leading singular vectors, as they are or
+    #: with each input weighed by its norm in the dense model
+    start: Literal["block-mean", "svd", "activation-svd"] = "svd"
+    size: Tokens = 16
+    #: the factor that reads the inputs is trained too
+    train_down: bool = True
+
+
 class AST(_Recover):
     """AST: all parameters, under masks that follow the weights; needs masks to start from."""
 
@@ -297,12 +311,23 @@ class AST(_Recover):
     decay_by: Literal["decoupled", "coupled", "l1"] = "decoupled"
     #: second moment of the gradient, or of what the weight moves by
     second_moment: Literal["adam", "ast"] = "adam"
+    slorb: SLoRB | None = None
+    #: weights are rounded to this grid in training, in groups along the input (a row each by default)
+    quantise: Literal["int4", "int8", "uint4", "uint8", "float8_e4m3"] | None = None
+    group: Tokens | None = None
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the norms of the linears' inputs are asked for."""
+        return self.score == "activation" or (self.slorb is not None and self.slorb.start == "activation-svd")
 
     @model_validator(mode="after")
     def _applies(self) -> Self:
         given = self.model_fields_set
         if not self.refresh_every and {"freeze", "score"} & given:
             raise ValueError("refresh_every = 0 keeps the masks of the start; leave freeze and score out")
+        if self.group is not None and self.quantise is None:
+            raise ValueError("group needs quantise")
         if self.forward == "soft" and self.decay:
             raise ValueError("forward = 'soft' moves what is masked by itself; it needs decay = 0")
         return self
@@ -454,6 +479,8 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
     owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full, AST]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
+    if "slorb" in tags:
+        return list(SLoRB.model_fields)
     if "sparsify" in tags:
         return list(Sparsify.model_fields)
     for owner in owners:

@@ -23,11 +23,11 @@ from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
-from shearling.plan import Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
+from shearling.plan import Adapters, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
 from shearling.recipe import AST, Evaluation, Recipe, RecoverStage
 from shearling.report import write_report
 from shearling.rundir import RunDir
-from shearling.surgery import cut_
+from shearling.surgery import attach_adapters_, cut_
 from shearling.train import TrainResult, World, join, train
 from shearling.usage import Usage
 
@@ -246,7 +246,7 @@ class _Session:
         if isinstance(stage, AST):
             masks = masks_of(outcome.edits)
             unmask_(model, dense, masks)
-            if stage.score == "activation":
+            if stage.needs_norms:
                 norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
         model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)
 
@@ -264,7 +264,13 @@ class _Session:
             result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
         if result.stopped:
             raise Interrupted
-        return model.to(getattr(torch, recipe.dtype)), result
+        model = model.to(getattr(torch, recipe.dtype))
+        if isinstance(stage, AST):
+            for edit in result.edits:
+                if isinstance(edit, Adapters):
+                    # merged they would fill the zeros
+                    attach_adapters_(model, edit)
+        return model, result
 
     def _metrics(self, results: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
         private = ("seconds", "peak_bytes", "samples")

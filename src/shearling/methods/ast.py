@@ -19,6 +19,8 @@ multiplies S-STE's softly thresholded weight (2409.09099).
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,10 +34,23 @@ from transformers.pytorch_utils import Conv1D
 
 from shearling.anatomy import Anatomy
 from shearling.errors import ShearlingError
-from shearling.nn import EffectiveLinear, MaskTransform, SoftThreshold, StraightMask, unwrap_, wrap_
-from shearling.plan import Edit, Masks
+from shearling.kernels import triton_usable
+from shearling.kernels.tables import Table, table_of
+from shearling.methods.slorb import activation_svd, block_mean, truncated_svd
+from shearling.nn import (
+    EffectiveLinear,
+    FakeQuantTransform,
+    LowRankBranch,
+    MaskTransform,
+    SoftThreshold,
+    StraightMask,
+    unwrap_,
+    wrap_,
+)
+from shearling.plan import Edit, Grid, Masks
 from shearling.plan.patterns import Pattern, mask_of, num_kept
-from shearling.recipe import AST
+from shearling.recipe import AST, SLoRB
+from shearling.surgery import adapters_of
 from shearling.sweep import Moments, Walk
 from shearling.train import Policy, StepContext, TrainSettings, join
 
@@ -87,9 +102,11 @@ class AnnealedAdamW(torch.optim.Optimizer):
         super().__init__(weights, {})
         self.masks = list(masks)
         self.strength = strength
+        self._table: Table | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
+        work: dict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for parameter, mask in zip(parameters, self.masks, strict=True):
             if parameter.grad is None:
@@ -103,8 +120,24 @@ class AnnealedAdamW(torch.optim.Optimizer):
                 }
             state["step"] += 1
             own = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            weight, gradient, first, second = (t.to_local() if isinstance(t, DTensor) else t for t in own)
-            annealed_adam_(weight, gradient, first, second, _part(mask, parameter), int(state["step"]), self.strength)
+            local = (t.to_local() if isinstance(t, DTensor) else t for t in own)
+            work[int(state["step"])].append((*local, _part(mask, parameter)))
+        for number, tensors in work.items():
+            if _fusable(tensors):
+                from shearling.kernels.annealed_adam import BLOCK, annealed_adam
+
+                # one launch for all of them
+                self._table = table_of(list(zip(*tensors, strict=True)), BLOCK, self._table)
+                annealed_adam(self._table, number, **dataclasses.asdict(self.strength))
+                continue
+            for weight, gradient, first, second, mask in tensors:
+                annealed_adam_(weight, gradient, first, second, mask, number, self.strength)
+
+
+def _fusable(tensors: Sequence[tuple[Tensor, ...]]) -> bool:
+    """Whether kernels take these weights, in float32, and what lies beside them."""
+    plain = all(t.is_contiguous() and not isinstance(t, DTensor) for each in tensors for t in each)
+    return plain and all(each[0].dtype == torch.float32 for each in tensors) and triton_usable(tensors[0][0])
 
 
 class ASTPolicy(Policy):
@@ -126,8 +159,8 @@ class ASTPolicy(Policy):
         masks: Mapping[str, Tensor] | None = None,
         norms: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if settings.score == "activation" and norms is None:
-            raise ShearlingError("score = activation: needs the norms of the linears' inputs")
+        if settings.needs_norms and norms is None:
+            raise ShearlingError("score = activation, start = activation-svd: need the norms of the linears' inputs")
         if settings.forward == "soft" and not isinstance(pattern, Pattern):
             raise ShearlingError("forward = soft: needs an N:M pattern")
         self.pattern, self.settings = pattern, settings
@@ -138,6 +171,8 @@ class ASTPolicy(Policy):
         self._optimizer: AnnealedAdamW | None = None
         self._hooks = ExitStack()
         self._told: dict[str, float | Tensor] = {}
+        self._table: Table | None = None
+        self._grid = None if settings.quantise is None else Grid(settings.quantise, settings.group)
         #: (step, r_t, r0_t) of every refresh
         self.flips: list[tuple[int, float, float]] = []
 
@@ -146,27 +181,41 @@ class ASTPolicy(Policy):
         for path in self.paths:
             # before anything changes
             module = model.get_submodule(path)
-            num_kept(self.pattern, module.weight.shape[0 if isinstance(module, Conv1D) else 1])
+            outputs, inputs = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
+            num_kept(self.pattern, inputs)
+            if self._grid is not None:
+                self._grid.check(inputs)
+            if self.settings.slorb is not None:
+                _check_slorb(path, self.settings.slorb, outputs, inputs)
         for path, linear in wrap_(model, self.paths).items():
             name = f"{path}.weight"
             self._linears[name] = linear
             if name not in self._start:
                 self._start[name] = self._chosen(name, linear)
-            mask = self._start[name].to(linear.weight.device, copy=True)
+            self._start[name] = self._start[name].to(linear.weight.device).contiguous()
+            mask = self._start[name].clone()
             if self.settings.forward == "soft":
                 assert isinstance(self.pattern, Pattern)
                 keep, of = self.pattern.keep, self.pattern.of
                 linear.transforms.append(SoftThreshold(linear.weight, mask, keep, of, linear.transposed))
             else:
                 linear.transforms.append(StraightMask(mask))
+            if self.settings.slorb is not None:
+                missing = linear.weight.detach() - linear.effective_weight().detach()
+                factors = self._factors(name, missing.T if linear.transposed else missing, self.settings.slorb)
+                linear.branches.append(LowRankBranch(*factors))
+            if self._grid is not None:
+                linear.transforms.append(FakeQuantTransform(self._grid, linear))
             if self.settings.score == "activation-refreshed":
                 for buffer in (_SQUARES, _SUMS):
                     linear.register_buffer(buffer, torch.zeros(linear.in_features, device=linear.weight.device))
                 self._hooks.callback(linear.register_forward_pre_hook(_measure).remove)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        masked = {id(linear.weight) for linear in self._linears.values()}
-        rest = [p for p in self._model.parameters() if id(p) not in masked]
+        others = {id(linear.weight) for linear in self._linears.values()}
+        if self.settings.slorb is not None and not self.settings.slorb.train_down:
+            others |= {id(branch.down) for branch in _branches(self._linears.values())}
+        rest = [p for p in self._model.parameters() if id(p) not in others]
         return [
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.settings.weight_decay},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
@@ -200,15 +249,25 @@ class ASTPolicy(Policy):
 
     def _refresh(self, step: int) -> None:
         """Choose all masks anew, and tell how they moved."""
-        moved = started = total = 0
-        for (name, linear), mask in zip(self._linears.items(), self._masks().values(), strict=True):
-            new = self._chosen(name, linear)
-            moved = moved + (new ^ mask).sum()
-            started = started + (new ^ self._start[name].to(new.device)).sum()
-            total += mask.numel()
-            mask.copy_(new)
-        assert isinstance(moved, Tensor) and isinstance(started, Tensor)
-        self.flips.append((step, moved.item() / total, started.item() / total))
+        masks = self._masks()
+        weights = [linear.weight.detach() for linear in self._linears.values()]
+        tensors = list(zip(weights, masks.values(), (self._start[name] for name in masks), strict=True))
+        as_rows = not any(linear.transposed for linear in self._linears.values())
+        if self.settings.score == "magnitude" and isinstance(self.pattern, Pattern) and as_rows and _fusable(tensors):
+            from shearling.kernels.nm_masks import GROUPS, nm_masks
+
+            kinds = list(zip(*tensors, strict=True))
+            self._table = table_of(kinds, GROUPS * self.pattern.of, self._table)
+            counts = nm_masks(self._table, self.pattern.keep, self.pattern.of)
+        else:
+            counts = torch.zeros(2, dtype=torch.int64, device=weights[0].device)
+            for (name, linear), mask in zip(self._linears.items(), masks.values(), strict=True):
+                new = self._chosen(name, linear)
+                counts += torch.stack([(new ^ mask).sum(), (new ^ self._start[name]).sum()])
+                mask.copy_(new)
+        total = sum(mask.numel() for mask in masks.values())
+        moved, away = counts.tolist()
+        self.flips.append((step, moved / total, away / total))
         self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
 
     def _remember(self) -> None:
@@ -239,6 +298,17 @@ class ASTPolicy(Policy):
         mask = mask_of(score, self.pattern)
         return mask.T.contiguous() if linear.transposed else mask
 
+    def _factors(self, name: str, missing_OI: Tensor, slorb: SLoRB) -> tuple[Tensor, Tensor]:
+        """What a branch starts from."""
+        rank = missing_OI.shape[1] // slorb.size
+        match slorb.start:
+            case "block-mean":
+                return block_mean(missing_OI, slorb.size)
+            case "svd":
+                return truncated_svd(missing_OI, rank)
+            case "activation-svd":
+                return activation_svd(missing_OI, self._norms[name].to(missing_OI).square().diag(), rank)
+
     @torch.no_grad()
     def finalize(self) -> Sequence[Edit]:
         self._hooks.close()
@@ -249,11 +319,16 @@ class ASTPolicy(Policy):
             for buffer in (_SQUARES, _SUMS):
                 linear._buffers.pop(buffer, None)
             kept[name] = mask.cpu()
+        edits: list[Edit] = [Masks(kept, str(self.pattern) if isinstance(self.pattern, Pattern) else None)]
+        if self.settings.slorb is not None:
+            # beside the weights for good: merged, they would fill the zeros
+            edits.append(adapters_of(self._model))
+            for linear in self._linears.values():
+                linear.branches = nn.ModuleList()
         # multiplies the transforms in
         unwrap_(self._model, self.paths)
-        pattern = str(self.pattern) if isinstance(self.pattern, Pattern) else None
-        self._model, self._linears, self._optimizer = None, {}, None
-        return [Masks(kept, pattern)]
+        self._model, self._linears, self._optimizer, self._table = None, {}, None, None
+        return edits
 
     def state_dict(self) -> dict[str, Any]:
         return {"flips": [list(flip) for flip in self.flips]}
@@ -296,6 +371,19 @@ _SHARE = 0.05
 def _measure(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
     if linear.training:
         getattr(linear, _SUMS).add_(args[0].detach().float().square().flatten(0, -2).sum(0))
+
+
+def _branches(linears: Iterable[EffectiveLinear]) -> list[LowRankBranch]:
+    return [branch for linear in linears for branch in linear.branches if isinstance(branch, LowRankBranch)]
+
+
+def _check_slorb(path: str, slorb: SLoRB, outputs: int, inputs: int) -> None:
+    rank = inputs // slorb.size
+    if inputs % slorb.size or not 1 <= rank <= min(outputs, inputs):
+        raise ShearlingError(
+            f"{path}: slorb.size = {slorb.size} must divide its {inputs} inputs and give a rank of 1 to "
+            f"{min(outputs, inputs)}"
+        )
 
 
 def _part(mask: Tensor, parameter: Tensor) -> Tensor:
