@@ -366,7 +366,7 @@ def test_a_branch_starts_from_what_the_mask_takes_and_its_reading_factor_may_sta
             return super().param_groups()
 
     policy.__class__ = Watch
-    masks, adapters = train(model, tiny_tokens(10, LENGTH), [policy], SETTINGS).edits
+    _, adapters = train(model, tiny_tokens(10, LENGTH), [policy], SETTINGS).edits
     for name, up in starts.items():
         gone = dense[name].masked_fill(policy._start[name], 0.0)
         torch.testing.assert_close(up, gone.unflatten(1, (-1, 4)).mean(-1))
