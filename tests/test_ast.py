@@ -33,7 +33,10 @@ SETTINGS = TrainSettings(
 
 
 def own(**changes):
-    return AST(**{"refresh_every": 2, "decay": 1e-3, **changes})
+    content = {"refresh_every": 2, "decay": 1e-3, "score": "magnitude", **changes}
+    if not content["refresh_every"]:
+        del content["score"]
+    return AST(**content)
 
 
 def moments(weight):

@@ -301,7 +301,7 @@ class AST(_Recover):
     #: share of the steps, at the end, in which masks stay
     freeze: Annotated[float, Field(ge=0, lt=1)] = 0.0
     #: what masks are chosen by: the weight's size, alone or times the norm of its input, in the dense model or of late
-    score: Literal["magnitude", "activation", "activation-refreshed"] = "magnitude"
+    score: Literal["magnitude", "activation", "activation-refreshed"] = "activation"
     #: multiplied weights: masked, or thresholded softly (S-STE)
     forward: Literal["hard", "soft"] = "hard"
     #: decay of masked weights (lambda), and the share of the steps over which it rises
@@ -319,7 +319,8 @@ class AST(_Recover):
     @property
     def needs_norms(self) -> bool:
         """Whether the norms of the linears' inputs are asked for."""
-        return self.score == "activation" or (self.slorb is not None and self.slorb.start == "activation-svd")
+        by_score = bool(self.refresh_every) and self.score == "activation"
+        return by_score or (self.slorb is not None and self.slorb.start == "activation-svd")
 
     @model_validator(mode="after")
     def _applies(self) -> Self:

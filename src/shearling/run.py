@@ -23,7 +23,7 @@ from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
-from shearling.plan import Adapters, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
+from shearling.plan import Adapters, Delta, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
 from shearling.recipe import AST, Evaluation, Recipe, RecoverStage
 from shearling.report import write_report
 from shearling.rundir import RunDir
@@ -245,7 +245,8 @@ class _Session:
         masks, norms = None, None
         if isinstance(stage, AST):
             masks = masks_of(outcome.edits)
-            unmask_(model, dense, masks)
+            if not any(isinstance(edit, Delta) for edit in outcome.edits):
+                unmask_(model, dense, masks)
             if stage.needs_norms:
                 norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
         model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)

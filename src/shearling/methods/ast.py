@@ -291,7 +291,7 @@ class ASTPolicy(Policy):
         weight = linear.weight.detach()
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         score = (weight.T if linear.transposed else weight).abs()
-        if self.settings.score == "activation":
+        if self.settings.needs_norms and self.settings.score == "activation":
             score = score * self._norms[name].to(score)
         elif hasattr(linear, _SQUARES):
             score = score * getattr(linear, _SQUARES).sqrt()
@@ -346,7 +346,10 @@ def masks_of(edits: Sequence[Edit]) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def unmask_(model: Any, dense: Any, masks: Mapping[str, Tensor]) -> None:
-    """Give masked weights the values back that they have in the dense model: what may come back starts from there."""
+    """Give masked weights the values back that they have in the dense model: what may come back starts from there.
+
+    Not where a one-shot method has given kept weights new values that make up for the others.
+    """
     for name, mask in masks.items():
         weight = model.get_parameter(name)
         weight.copy_(torch.where(mask.to(weight.device), weight, dense.get_parameter(name).to(weight)))

@@ -13,6 +13,7 @@ from shearling.anatomy import anatomy_of
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.masks import pattern_of
+from shearling.nn import is_linear
 from shearling.plan import Plan, Structure
 from shearling.recipe import AST, Full, Recipe, RecoverStage, Sparsify
 from shearling.surgery import cut_
@@ -74,7 +75,13 @@ def recovery_memory(
     model = copy.deepcopy(dense)
     shapes = planned.anatomy_after.shapes
     cut_(model, [Structure({f"ffn.{layer}": tuple(range(shape.ffn)) for layer, shape in enumerate(shapes)})])
-    model, policies = made_trainable(recipe, stage, model, planned)
+    # what they are counts for nothing here
+    linears = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_linear(m)}
+    norms = {
+        name: w.new_ones(w.shape[0 if anatomy_of(model.config).family.input_first else 1])
+        for name, w in linears.items()
+    }
+    model, policies = made_trainable(recipe, stage, model, planned, norms=norms)
     teaches = bool(stage.distill or stage.layerwise) and stage.teacher_cache is None and stage.teacher is None
     dtype = getattr(torch, stage.teacher_dtype or recipe.dtype)
     own = sum(p.numel() * p.element_size() for p in dense.parameters())

@@ -90,7 +90,7 @@ def join() -> World:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, timeout=PATIENCE)
         # not earlier: a second group would find the addresses of the first
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return World()
     return _world(dist.group.WORLD)
@@ -100,6 +100,12 @@ def join() -> World:
 def _world(group: dist.ProcessGroup) -> World:
     """The world of a group, whose groups beside it are made once."""
     return World(dist.get_rank(), dist.get_world_size(), _on_cpu(), _on_cpu())
+
+
+def _leave() -> None:
+    # a group that outlives the others may end with its threads running, which aborts the process
+    _world.cache_clear()
+    dist.destroy_process_group()
 
 
 def _on_cpu() -> dist.ProcessGroup:
