@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from shearling.errors import ShearlingError
 from shearling.report import numbers, svg, write_report
-from shearling.report.plots import loss_plot, width_plot
+from shearling.report.plots import step_plot, width_plot
 
 SECTIONS = [
     *("headline", "quality", "sizes", "widths", "training", "cost"),
@@ -386,7 +386,7 @@ def test_any_number_of_layers_fits(num_layers: int) -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5000])
 def test_any_number_of_steps_fits(num_steps: int) -> None:
-    plot = loss_plot("loss", "recover", [(float(step), 3.0) for step in range(num_steps)])
+    plot = step_plot("loss", "recover", [(float(step), 3.0) for step in range(num_steps)])
     assert len(plot) < 30_000
     Page(plot)
 

@@ -1,4 +1,4 @@
-"""The plots of a report: widths of the blocks, loss of training, share of the time."""
+"""The plots of a report: widths of the blocks, curves of training, share of the time."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def _width_description(
     return said
 
 
-def loss_plot(name: str, stage: str, points: Points, *, height: float = 280.0) -> str:
-    """The loss over the steps: every value thin, their running mean strong.
+def step_plot(name: str, stage: str, points: Points, what: str = "loss", *, height: float = 280.0) -> str:
+    """A quantity over the steps: every value thin, their running mean strong.
 
-    `points` holds (step, loss) in ascending steps, None where the loss was not finite.
+    `points` holds (step, value) in ascending steps, None where the value was not finite.
     """
     points = _thinned(points)
     bottom = height - 44
@@ -107,7 +107,7 @@ def loss_plot(name: str, stage: str, points: Points, *, height: float = 280.0) -
         return [None if loss is None else (across(step), up(loss)) for step, loss in series]
 
     body = [
-        svg.text(0, 14, "loss", "label", "start"),
+        svg.text(0, 14, what, "label", "start"),
         svg.axis_left(ticks, up, LEFT, RIGHT),
         svg.axis_bottom(steps, across, bottom),
         svg.text((LEFT + RIGHT) / 2, height - 6, "step", "label"),
@@ -115,10 +115,10 @@ def loss_plot(name: str, stage: str, points: Points, *, height: float = 280.0) -
         svg.line(placed(_smoothed(points)), "curve after"),
     ]
     description = (
-        f"Line: loss from {significant(known[0])} at step {count(first)} "
+        f"Line: {what} from {significant(known[0])} at step {count(first)} "
         f"to {significant(known[-1])} at step {count(last)}, lowest {significant(min(known))}."
     )
-    return svg.picture(name, f"Loss of stage {stage}", description, (WIDTH, height), *body)
+    return svg.picture(name, f"{what.capitalize()} of stage {stage}", description, (WIDTH, height), *body)
 
 
 def _thinned(points: Points) -> Points:

@@ -25,6 +25,15 @@ from shearling.report.numbers import (
     words,
 )
 
+#: what is drawn of training, by its name in the events
+QUANTITIES = {
+    "loss": "loss",
+    "validation_loss": "validation loss",
+    "flip_rate": "share of masks changed at the last refresh",
+    "flips_from_start": "share of masks changed since the start",
+    "decay": "decay of masked weights",
+    "learning_rate": "learning rate",
+}
 MODELS = ("dense", "pruned", "recovered")
 
 Section = dict[str, Any]
@@ -184,21 +193,27 @@ def widths(run: RunFiles) -> Section | None:
 
 
 def training(run: RunFiles) -> list[Section]:
-    """One loss curve a training stage, with what the curve does not show as its caption."""
+    """The curves of every training stage, the loss first, with what that does not show as its caption."""
     stages: dict[str, dict[float, Record]] = {}
     for event in run.events:
         step = finite(event.get("step"))
-        if step is not None and "loss" in event:
+        if step is not None and ("loss" in event or "validation_loss" in event):
             # A resumed run repeats the steps after its last checkpoint: the last one counts.
-            stages.setdefault(words(event.get("stage")), {})[step] = event
+            by_step = stages.setdefault(words(event.get("stage")), {})
+            by_step[step] = event if "loss" in event else {**by_step.get(step, {}), **event}
     curves = []
     for number, (stage, by_step) in enumerate(stages.items()):
-        steps = sorted(by_step)
-        points = [(step, finite(by_step[step]["loss"])) for step in steps]
-        if any(loss is not None for _, loss in points):
-            plot = Markup(plots.loss_plot(f"loss-{number}", stage, points))
-            caption = _training_caption(stage, [by_step[step] for step in steps])
-            curves.append({"stage": stage, "plot": plot, "caption": caption})
+        for key, what in QUANTITIES.items():
+            steps = sorted(step for step, event in by_step.items() if key in event)
+            points = [(step, finite(by_step[step][key])) for step in steps]
+            # a quantity that one step alone tells is no curve
+            if any(value is not None for _, value in points) and (len(points) > 1 or key == "loss"):
+                events = [by_step[step] for step in steps]
+                caption = (
+                    _training_caption(stage, events) if key == "loss" else f"{what.capitalize()} of stage {stage}."
+                )
+                plot = Markup(plots.step_plot(f"{key.replace('_', '-')}-{number}", stage, points, what))
+                curves.append({"stage": stage, "plot": plot, "caption": caption})
     return curves
 
 
