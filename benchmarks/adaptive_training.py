@@ -1,0 +1,192 @@
+"""2:4 by retraining for a fixed time: AST, its relatives, and what dense training of the same tokens does.
+
+    python benchmarks/adaptive_training.py --data DIR [--json FILE] [--quick] [--seconds S] [--variants NAME ...]
+
+All variants train on equal parts of the ``corpus/*.train`` domains with the same steps: as many as the first one makes
+in the given seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model
+unless they say otherwise. Scored on WikiText-2 test and the held-out corpora, in windows of 2048.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from common import Row, Rows, arguments, device_name, held_out, mixture, report_quality, score
+
+from shearling.anatomy import anatomy_of
+from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
+from shearling.methods.masks import pattern_of, plan_masks
+from shearling.methods.slorb import overhead
+from shearling.models import load_model, load_tokenizer
+from shearling.plan import Adapters, Delta, Outcome
+from shearling.recipe import AST, Reconstruct, SLoRB, Sparsify
+from shearling.surgery import attach_adapters_, cut_
+from shearling.train import Distillation, Policy, TrainSettings, compiled, train
+
+COLUMNS = [
+    "variant", "corpus", "perplexity", "tokens", "context", "steps", "trained_tokens", "unique_tokens",
+    "tokens_per_second", "seconds", "flips", "away", "overhead", "peak_bytes",
+]  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """``settings`` None trains the dense model; ``start`` is the one-shot method whose masks come first."""
+
+    settings: AST | None
+    start: str = "wanda"
+    cross_entropy: float = 0.0
+    distill: float = 1.0
+    temperature: float = 1.0
+
+
+VARIANTS = {
+    "ast": Variant(AST()),
+    "ast from alps": Variant(AST(), start="alps"),
+    "ast from alps, reconstructed": Variant(AST(), start="alps, reconstructed"),
+    "ast, slorb": Variant(AST(slorb=SLoRB())),
+    "ast from alps, reconstructed, slorb": Variant(AST(slorb=SLoRB()), start="alps, reconstructed"),
+    "fixed mask": Variant(AST(refresh_every=0)),
+    "fixed mask from alps, reconstructed": Variant(AST(refresh_every=0), start="alps, reconstructed"),
+    "static sr-ste": Variant(AST(anneal=0.0, decay_by="coupled")),
+    "no decay (dpf)": Variant(AST(decay=0.0)),
+    "coupled decay": Variant(AST(decay_by="coupled")),
+    "the paper's second moment": Variant(AST(second_moment="ast")),
+    "no distillation": Variant(AST(), cross_entropy=1.0, distill=0.0),
+    "the paper's mixture": Variant(AST(), cross_entropy=1 / 3, distill=2 / 3, temperature=2.0),
+    "magnitude": Variant(AST(score="magnitude"), start="magnitude"),
+    "refreshed activations": Variant(AST(score="activation-refreshed")),
+    "l1 decay (cast)": Variant(AST(decay_by="l1", decay=1e-6)),
+    "soft threshold (s-ste)": Variant(AST(forward="soft", decay=0.0, score="magnitude"), start="magnitude"),
+    "slorb, block mean": Variant(AST(slorb=SLoRB(start="block-mean"))),
+    "slorb, activation svd": Variant(AST(slorb=SLoRB(start="activation-svd"))),
+    "dense, distilled": Variant(None),
+    "dense, cross-entropy": Variant(None, cross_entropy=1.0, distill=0.0),
+}
+
+
+class Bench:
+    """The dense model, the text, and one-shot masks as they are asked for."""
+
+    def __init__(self, args: Any) -> None:
+        self.quick, self.gpu = args.quick, args.device.startswith("cuda")
+        self.dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
+        tokenizer = load_tokenizer(args.model)
+        self.length, self.batch = (64, 4) if self.quick else (1024, 32)
+        self.micro_batch = min(args.micro_batch, self.batch)
+        self.learning_rate, self.seed = args.learning_rate, args.seed
+        self.text = mixture(args.data, tokenizer, 2000 if self.quick else 10**9, self.length)
+        num, length = (4, 128) if self.quick else (64, 2048)
+        domains = mixture(args.data, tokenizer, num * length, length)
+        self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
+        self.context = 256 if self.quick else 2048
+        self.texts = held_out(
+            args.data, tokenizer, (2 if self.quick else 32) * self.context, ("web",) if self.quick else None
+        )
+        self.norms = input_norms(self.dense, self.tokens, 4)
+        self.outcomes: dict[str, Outcome] = {}
+
+    def outcome(self, start: str) -> Outcome:
+        if start not in self.outcomes:
+            method, _, also = start.partition(", ")
+            train_blocks = Reconstruct(steps=3 if self.quick else 100, learning_rate=1e-3) if also else None
+            settings = Sparsify.model_validate({"method": method, "reconstruct": train_blocks})
+            self.outcomes[start] = plan_masks(self.dense, self.tokens, settings, batch=4)
+        return self.outcomes[start]
+
+    def settings(self, variant: Variant, steps: int) -> TrainSettings:
+        return TrainSettings(
+            tokens=steps * self.batch * self.length,
+            length=self.length,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            learning_rate=self.learning_rate,
+            cross_entropy=variant.cross_entropy,
+            log_every=1,
+            seed=self.seed,
+            compile=self.gpu,
+            capture=self.gpu,
+        )
+
+    def start(self, variant: Variant) -> tuple[Any, list[Policy]]:
+        """The model that is trained, and AST where it has masks."""
+        model = copy.deepcopy(self.dense)
+        if variant.settings is None:
+            return model, []
+        outcome = self.outcome(variant.start)
+        cut_(model, outcome.edits)
+        masks = masks_of(outcome.edits)
+        if not any(isinstance(edit, Delta) for edit in outcome.edits):
+            unmask_(model, self.dense, masks)
+        pattern = pattern_of(Sparsify())
+        return model, [ASTPolicy(anatomy_of(model.config), pattern, variant.settings, masks, self.norms)]
+
+    def carry_out(self, variant: Variant, steps: int) -> tuple[Any, Row]:
+        """Train a variant; the model as it is scored, and what training it was like."""
+        model, policies = self.start(variant)
+        teacher = copy.deepcopy(self.dense).to(torch.bfloat16 if self.gpu else torch.float32)
+        follow = [Distillation(teacher, weight=variant.distill, temperature=variant.temperature)]
+        events: list[Row] = []
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        with compiled(teacher) if self.gpu else nullcontext():
+            followed: list[Policy] = [*follow, *policies] if variant.distill else policies
+            result = train(model, self.text, followed, self.settings(variant, steps), on_event=events.append)
+        speeds = [event["tokens_per_second"] for event in events if "loss" in event]
+        row: Row = {
+            "steps": steps,
+            "trained_tokens": result.tokens,
+            "unique_tokens": min(result.tokens, self.text.numel()),
+            "tokens_per_second": statistics.median(speeds[len(speeds) // 3 :]),
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.gpu else None,
+        }
+        for policy in policies:
+            if isinstance(policy, ASTPolicy) and policy.flips:
+                row |= {"flips": policy.flips[-1][1], "away": policy.flips[-1][2]}
+        for edit in result.edits:
+            if isinstance(edit, Adapters):
+                attach_adapters_(model, edit)
+                row["overhead"] = overhead(edit, down_trained=True)
+        return model, row
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of the first variant's training")
+    parser.add_argument("--steps", type=int, help="instead of seconds")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["ast", "ast, slorb", "fixed mask"])
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows = Rows(COLUMNS, args.json)
+    bench = Bench(args)
+    print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.text.numel()} unique tokens", flush=True)
+
+    def report(name: str, model: Any, **row: Any) -> None:
+        found = score(model, bench.texts, bench.context, 4 if bench.gpu else 1)
+        report_quality(rows, found, variant=name, context=bench.context, **row)
+
+    report("dense", bench.dense)
+    wanted = {name: VARIANTS[name] for name in args.variants}
+    for start in dict.fromkeys(v.start for v in wanted.values() if v.settings is not None):
+        model = copy.deepcopy(bench.dense)
+        cut_(model, bench.outcome(start).edits)
+        report(f"{start}, one-shot", model)
+    steps = args.steps or (3 if args.quick else None)
+    if steps is None:
+        _, row = bench.carry_out(next(iter(wanted.values())), 24)
+        steps = round(args.seconds * row["tokens_per_second"] / (bench.batch * bench.length))
+    for name, variant in wanted.items():
+        model, row = bench.carry_out(variant, steps)
+        report(name, model, **row)
+
+
+if __name__ == "__main__":
+    main()
