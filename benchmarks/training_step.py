@@ -5,7 +5,7 @@
 Student and teacher are the same dense model, the loss is the forward divergence alone, a step reads 32 x 1024 tokens
 (on a CPU and with ``--quick`` far fewer). Beside it a plain script: both models compiled whole, logits in full,
 the same micro-batches unless ``--plain-micro-batch`` says otherwise. The first row times the matrix products alone.
-On a GPU the last table says what a compiled step's time went into, by a profile of three.
+On a GPU the last table says what a captured step's time went into, by a profile of three.
 """
 
 from __future__ import annotations
@@ -126,9 +126,8 @@ def main() -> None:
     parser.add_argument("--micro-batches", nargs="+", type=int, help="windows at a time")
     parser.add_argument("--plain-micro-batch", type=int)
     parser.add_argument("--steps", type=int, help="steps, of which the first third does not count")
-    parser.add_argument(
-        "--what", nargs="+", default=["products", "plain", "eager", "compiled", "recomputed", "profile"]
-    )
+    whats = ["products", "plain", "eager", "compiled", "captured", "recomputed", "profile"]
+    parser.add_argument("--what", nargs="+", choices=whats, default=whats)
     parser.add_argument("--trace", type=Path, help="file for the profile's table of kernels")
     args = parser.parse_args()
     quick, gpu = args.quick, args.device.startswith("cuda")
@@ -171,7 +170,10 @@ def main() -> None:
         return seconds[: -active - 2]
 
     def measure(what: str, micro_batch: int) -> None:
-        options: dict[str, Any] = {"compile": what != "eager", "recompute": what == "recomputed"} if gpu else {}
+        options: dict[str, Any] = {}
+        if gpu:
+            captured = what in ("captured", "profile")
+            options = {"compile": what != "eager", "recompute": what == "recomputed", "capture": captured}
         settings = TrainSettings(
             tokens=steps * batch * length,
             length=length,

@@ -19,7 +19,7 @@ from shearling.anatomy import anatomy_of
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy
 from shearling.plan.patterns import Pattern
-from shearling.recipe import AST
+from shearling.recipe import AST, SLoRB
 from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, train
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -45,7 +45,7 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
     if kind == "lora":
         policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
     if kind == "ast":
-        settings = AST(refresh_every=2, decay=1e-3, score="activation-refreshed")
+        settings = AST(refresh_every=2, decay=1e-3, score="activation-refreshed", slorb=SLoRB(size=8))
         policies = [
             Distillation(tiny_model("llama", seed=3)),
             ASTPolicy(anatomy_of(model.config), Pattern(2, 4), settings),
