@@ -1,4 +1,4 @@
-"""2:4 by retraining for a fixed time: AST, its relatives, and what dense training of the same tokens does.
+"""2:4 by retraining for a fixed time: AST, its relatives, SPP, and what dense training of the same tokens does.
 
     python benchmarks/adaptive_training.py --data DIR [--json FILE] [--quick] [--seconds S] [--variants NAME ...]
 
@@ -22,9 +22,10 @@ from shearling.anatomy import anatomy_of
 from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
 from shearling.methods.masks import pattern_of, plan_masks
 from shearling.methods.slorb import overhead
+from shearling.methods.spp import SPPPolicy
 from shearling.models import load_model, load_tokenizer
 from shearling.plan import Adapters, Delta, Outcome
-from shearling.recipe import AST, Reconstruct, SLoRB, Sparsify
+from shearling.recipe import AST, SPP, Reconstruct, SLoRB, Sparsify
 from shearling.surgery import attach_adapters_, cut_
 from shearling.train import Distillation, Policy, TrainSettings, compiled, train
 
@@ -37,7 +38,7 @@ COLUMNS = [
 class Variant(NamedTuple):
     """``settings`` None trains the dense model; ``start`` is the one-shot method whose masks come first."""
 
-    settings: AST | None
+    settings: AST | SPP | None
     start: str = "wanda"
     cross_entropy: float = 0.0
     distill: float = 1.0
@@ -64,6 +65,7 @@ VARIANTS = {
     "soft threshold (s-ste)": Variant(AST(forward="soft", decay=0.0, score="magnitude"), start="magnitude"),
     "slorb, block mean": Variant(AST(slorb=SLoRB(start="block-mean"))),
     "slorb, activation svd": Variant(AST(slorb=SLoRB(start="activation-svd"))),
+    "spp": Variant(SPP()),
     "dense, distilled": Variant(None),
     "dense, cross-entropy": Variant(None, cross_entropy=1.0, distill=0.0),
 }
@@ -104,7 +106,8 @@ class Bench:
             length=self.length,
             batch=self.batch,
             micro_batch=self.micro_batch,
-            learning_rate=self.learning_rate,
+            # few numbers take large steps
+            learning_rate=variant.settings.learning_rate if isinstance(variant.settings, SPP) else self.learning_rate,
             cross_entropy=variant.cross_entropy,
             log_every=1,
             seed=self.seed,
@@ -113,13 +116,15 @@ class Bench:
         )
 
     def start(self, variant: Variant) -> tuple[Any, list[Policy]]:
-        """The model that is trained, and AST where it has masks."""
+        """The model that is trained, and what keeps to its masks where it has some."""
         model = copy.deepcopy(self.dense)
         if variant.settings is None:
             return model, []
         outcome = self.outcome(variant.start)
         cut_(model, outcome.edits)
         masks = masks_of(outcome.edits)
+        if isinstance(variant.settings, SPP):
+            return model, [SPPPolicy(anatomy_of(model.config), variant.settings.rank, variant.settings.scale, masks)]
         if not any(isinstance(edit, Delta) for edit in outcome.edits):
             unmask_(model, self.dense, masks)
         pattern = pattern_of(Sparsify())

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shearling.anatomy import anatomy_of
 from shearling.methods.ig_lora import LoRAPolicy
+from shearling.methods.spp import SPPPolicy
 from shearling.methods.stages import preview_stage, with_memory
 from shearling.models import empty_model
 from shearling.recipe import load_recipe
@@ -69,14 +70,15 @@ class Living(TorchDispatchMode):
 
 @pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"micro_batch": 8}], ids=["parts", "recomputed", "whole"])
 @pytest.mark.parametrize("family", SIZES)
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "spp"])
 def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind: str) -> None:
     model, teacher = (tiny_model(family, seed, **SIZES[family]) for seed in (0, 1))
     settings = TrainSettings(tokens=3 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-4)
     settings = dataclasses.replace(settings, **changes)
 
     def policies() -> list[Any]:
-        return [LoRAPolicy(anatomy_of(model.config), [4] * 6)] if kind == "lora" else []
+        anatomy = anatomy_of(model.config)
+        return {"full": [], "lora": [LoRAPolicy(anatomy, [4] * 6)], "spp": [SPPPolicy(anatomy)]}[kind]
 
     expected = training_memory(model, settings, policies(), teacher=teacher)
     living = Living(model, teacher)

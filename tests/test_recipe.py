@@ -70,7 +70,7 @@ def test_every_share_between_is_accepted(value: float) -> None:
         ("prune.sparsity=", ["prune.sparsity = None", "must be a valid number"]),
         ("prune.sparsity.deep=1", ["prune.sparsity", "must be a valid number"]),
         ("prune.round_to=0", ["prune.round_to = 0", "greater than or equal to 1"]),
-        ("recover.method=ful", ["recover.method = 'ful'", "lora, full, ast", "did you mean full?"]),
+        ("recover.method=ful", ["recover.method = 'ful'", "lora, full, ast, spp", "did you mean full?"]),
         ("prune.stage=prunes", ["'prunes'", "did you mean prune?"]),
         ("prune.sparsity", ["--set prune.sparsity", "stage.field=value"]),
         ("calibration.length=1", ["calibration.length = 1", "greater than or equal to 2"]),
@@ -131,7 +131,7 @@ def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
     [
         ([BASE["stages"][1]], "must be prune or sparsify, and recover after either"),
         ([BASE["stages"][0]] * 2, "must be prune or sparsify, and recover after either"),
-        ([{"stage": "sparsify"}, BASE["stages"][1]], "after sparsify, recover.method must be ast"),
+        ([{"stage": "sparsify"}, BASE["stages"][1]], "after sparsify, recover.method must be ast or spp"),
         (
             [BASE["stages"][0], {"stage": "recover", "method": "ast"}],
             "after prune, recover.method must be lora or full",

@@ -18,6 +18,7 @@ import torch
 from shearling.anatomy import anatomy_of
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy
+from shearling.methods.spp import SPPPolicy
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST, SLoRB
 from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, train
@@ -28,7 +29,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "untied")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -50,6 +51,10 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
             Distillation(tiny_model("llama", seed=3)),
             ASTPolicy(anatomy_of(model.config), Pattern(2, 4), settings),
         ]
+    if kind == "spp":
+        weights = {name: p.detach() for name, p in model.named_parameters() if "_proj" in name}
+        masks = {name: Pattern(2, 4).mask(weight.abs()) for name, weight in weights.items()}
+        policies = [SPPPolicy(anatomy_of(model.config), rank=4, masks=masks)]
     scores = []
 
     def hear(event: dict[str, Any]) -> None:

@@ -334,12 +334,23 @@ class AST(_Recover):
         return self
 
 
-RecoverStage = Annotated[LoRA | Full | AST, Field(discriminator="method")]
+class SPP(_Recover):
+    """SPP: multiplicative adapters of frozen masked weights, merged at the end; needs masks, and never moves them."""
+
+    method: Literal["spp"] = "spp"
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-3
+    #: rows of the factor that the inputs have, each for as many outputs; must divide the outputs of every linear
+    rank: Tokens = 16
+    #: alpha over rank
+    scale: Annotated[float, Field(gt=0)] = 2.0
+
+
+RecoverStage = Annotated[LoRA | Full | AST | SPP, Field(discriminator="method")]
 Stage = Annotated[PruneStage | Sparsify | RecoverStage, Field(discriminator="stage")]
 Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
 STAGES = ("prune", "sparsify", "recover")
-RECOVERIES = ("lora", "full", "ast")
+RECOVERIES = ("lora", "full", "ast", "spp")
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random")
 
 
@@ -360,8 +371,8 @@ class Recipe(_Strict):
         names = [stage.stage for stage in stages]
         if names not in (["prune"], ["prune", "recover"], ["sparsify"], ["sparsify", "recover"]):
             raise ValueError(f"must be prune or sparsify, and recover after either; got {', '.join(names)}")
-        if len(stages) > 1 and isinstance(stages[1], AST) != (names[0] == "sparsify"):
-            wanted = "lora or full" if names[0] == "prune" else "ast, which keeps to masks"
+        if len(stages) > 1 and isinstance(stages[1], AST | SPP) != (names[0] == "sparsify"):
+            wanted = "lora or full" if names[0] == "prune" else "ast or spp, which keep to masks"
             raise ValueError(f"after {names[0]}, recover.method must be {wanted}")
         return stages
 
@@ -373,10 +384,10 @@ class Recipe(_Strict):
         return stage  # pyrefly: ignore[bad-return]
 
     @property
-    def recover(self) -> LoRA | Full | AST | None:
+    def recover(self) -> LoRA | Full | AST | SPP | None:
         """The recovery stage, if there is one."""
         stage = self.stages[1] if len(self.stages) > 1 else None
-        assert stage is None or isinstance(stage, LoRA | Full | AST)
+        assert stage is None or isinstance(stage, LoRA | Full | AST | SPP)
         return stage
 
     def dump(self) -> str:
@@ -477,7 +488,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
 def _names(location: tuple[int | str, ...]) -> list[str]:
     """Field names that are valid where an unknown key stands."""
     tags = {str(part) for part in location}
-    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full, AST]
+    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full, AST, SPP]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
     if "slorb" in tags:

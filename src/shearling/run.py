@@ -24,7 +24,7 @@ from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
 from shearling.plan import Adapters, Delta, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
-from shearling.recipe import AST, Evaluation, Recipe, RecoverStage
+from shearling.recipe import AST, SPP, Evaluation, Recipe, RecoverStage
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import attach_adapters_, cut_
@@ -243,12 +243,13 @@ class _Session:
             text = windows(tokens, None, stage.length, seed=recipe.seed)
         settings = recovery_settings(recipe, stage)
         masks, norms = None, None
-        if isinstance(stage, AST):
+        if isinstance(stage, AST | SPP):
             masks = masks_of(outcome.edits)
-            if not any(isinstance(edit, Delta) for edit in outcome.edits):
+            # spp keeps what is masked at zero
+            if isinstance(stage, AST) and not any(isinstance(edit, Delta) for edit in outcome.edits):
                 unmask_(model, dense, masks)
-            if stage.needs_norms:
-                norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
+        if isinstance(stage, AST) and stage.needs_norms:
+            norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
         model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)
 
         def tell(event: dict[str, Any]) -> None:

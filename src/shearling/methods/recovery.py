@@ -13,9 +13,10 @@ from shearling.anatomy import anatomy_of
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.masks import pattern_of
+from shearling.methods.spp import SPPPolicy
 from shearling.nn import is_linear
 from shearling.plan import Plan, Structure
-from shearling.recipe import AST, Full, Recipe, RecoverStage, Sparsify
+from shearling.recipe import AST, SPP, Full, Recipe, RecoverStage, Sparsify
 from shearling.surgery import cut_
 from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
@@ -53,7 +54,7 @@ def made_trainable(
 ) -> tuple[Any, list[Policy]]:
     """The cut model in the precision it is trained in, and the policies that say which of its parameters are.
 
-    ``masks`` and ``norms`` are as ``ASTPolicy`` has them.
+    ``masks`` are as ``ASTPolicy`` and ``SPPPolicy`` have them, ``norms`` as ``ASTPolicy``.
     """
     if isinstance(stage, Full):
         # an optimizer's small steps vanish in half precision
@@ -61,6 +62,8 @@ def made_trainable(
     if isinstance(stage, AST):
         assert isinstance(recipe.first, Sparsify), "recipes let ast follow masks alone"
         return model.float(), [ASTPolicy(anatomy_of(model.config), pattern_of(recipe.first), stage, masks, norms)]
+    if isinstance(stage, SPP):
+        return model, [SPPPolicy(anatomy_of(model.config), stage.rank, stage.scale, masks)]
     ranks = allocate_ranks(_shares(plan, stage.ranks), stage.mean_rank, stage.ranks)
     return model, [LoRAPolicy(anatomy_of(model.config), ranks, stage.alpha_over_rank)]
 

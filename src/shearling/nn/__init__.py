@@ -2,7 +2,13 @@
 
 from shearling.nn.branches import Branch, LoRABranch, LowRankBranch
 from shearling.nn.linear import EffectiveLinear, is_linear, plain_state, unwrap_, wrap_, wrapped_linears
-from shearling.nn.transforms import FakeQuantTransform, MaskTransform, SoftThreshold, StraightMask
+from shearling.nn.transforms import (
+    FakeQuantTransform,
+    MaskTransform,
+    MultiplicativeAdapter,
+    SoftThreshold,
+    StraightMask,
+)
 
 __all__ = [
     "Branch",
@@ -11,6 +17,7 @@ __all__ = [
     "LoRABranch",
     "LowRankBranch",
     "MaskTransform",
+    "MultiplicativeAdapter",
     "SoftThreshold",
     "StraightMask",
     "is_linear",

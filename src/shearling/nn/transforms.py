@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,6 +68,38 @@ class SoftThreshold(MaskTransform):
         # positive zeros, whatever the sign of the weight
         soft = torch.where(size > least, groups - least.copysign(groups), 0.0).flatten(1)
         return soft.T if self.transposed else soft
+
+
+class MultiplicativeAdapter(nn.Module):
+    """SPP (arXiv 2405.16057): ``W + scale * W . (repeat(A) . b)``, whose zeros are those of the weight.
+
+    For the weight of ``linear``, whose outputs ``rank`` divides. ``A`` [rank, in] starts Kaiming-uniform from torch's
+    global generator, and each of its rows is repeated for out / rank consecutive outputs; ``b`` [out, 1] starts at
+    zero, which leaves the weight as it is to the bit. Both are float32, the result has the weight's type. A weight of
+    +0.0 stays that.
+    """
+
+    def __init__(self, linear: EffectiveLinear, rank: int, scale: float) -> None:
+        super().__init__()
+        outputs, device = linear.out_features, linear.weight.device
+        assert outputs % rank == 0, f"rank {rank}, {outputs} outputs"
+        self.scale = scale
+        self.transposed = linear.transposed
+        # drawn on the CPU, so that a seed means the same on every device
+        drawn = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=math.sqrt(5))
+        self.A = nn.Parameter(drawn.to(device))
+        self.b = nn.Parameter(torch.zeros(outputs, 1, device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        groups = (len(self.A), -1)
+        rows = (weight.T if self.transposed else weight).unflatten(0, groups)
+        change = self.A[:, None] * (self.scale * self.b).unflatten(0, groups)
+        # a sum, since a zero times 1 + change may be -0.0
+        adapted = (rows + rows * change).flatten(0, 1).to(weight.dtype)
+        return adapted.T if self.transposed else adapted
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.A)}, scale={self.scale:g}"
 
 
 class FakeQuantTransform(nn.Module):
