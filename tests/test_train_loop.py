@@ -557,31 +557,41 @@ def test_recomputed_activations_change_nothing(family):
 # --- the best parameters
 
 
-def too_fast(**changes):
-    """A learning rate that soon does harm."""
-    return some_settings(steps=8, learning_rate=0.3, schedule="constant", warmup=0, validate_every=1, **changes)
+class Spoil(Policy):
+    """Does harm from the sixth step on."""
+
+    @torch.no_grad()
+    def after_step(self, ctx):
+        if ctx.step >= 5:
+            for parameter in ctx.model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(-2)
+
+
+def validated(**changes):
+    return some_settings(steps=8, validate_every=1, **changes)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_best_parameters_by_validation_are_kept(lora):
     def policies(model):
-        return [LoRAPolicy(anatomy_of(model.config), [2, 2, 2])] if lora else []
+        return [Spoil(), *([LoRAPolicy(anatomy_of(model.config), [2, 2, 2])] if lora else [])]
 
     held_out, events, model = some_windows(3), [], tiny_model("llama")
-    settings = too_fast(keep="best")
+    settings = validated(keep="best")
     result = train(model, some_windows(), policies(model), settings, validation=held_out, on_event=events.append)
     losses = {event["step"]: event["validation_loss"] for event in events if "validation_loss" in event}
     assert result.best_step == min(losses, key=losses.get) < 8
     assert validation_loss(model, held_out, settings, World()) == pytest.approx(losses[result.best_step], rel=1e-5)
     last = tiny_model("llama")
-    assert train(last, some_windows(), policies(last), too_fast(), validation=held_out).best_step is None
+    assert train(last, some_windows(), policies(last), validated(), validation=held_out).best_step is None
     assert validation_loss(last, held_out, settings, World()) == pytest.approx(losses[8], rel=1e-5)
 
 
 def test_the_best_parameters_survive_an_interruption(tmp_path):
     whole, model = tiny_model("llama"), tiny_model("llama")
-    settings = too_fast(keep="best", checkpoint_every=1)
-    expected = train(whole, some_windows(), [], settings, validation=some_windows(3))
+    settings = validated(keep="best", checkpoint_every=1)
+    expected = train(whole, some_windows(), [Spoil()], settings, validation=some_windows(3))
 
     class Stop(Exception):
         pass
@@ -591,18 +601,18 @@ def test_the_best_parameters_survive_an_interruption(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        train(model, some_windows(), [], settings, validation=some_windows(3), state_dir=tmp_path, on_event=stop)
+        train(model, some_windows(), [Spoil()], settings, validation=some_windows(3), state_dir=tmp_path, on_event=stop)
     model = tiny_model("llama")
-    result = train(model, some_windows(), [], settings, validation=some_windows(3), state_dir=tmp_path)
+    result = train(model, some_windows(), [Spoil()], settings, validation=some_windows(3), state_dir=tmp_path)
     assert result.best_step == expected.best_step < 8
     assert same(state(model), state(whole))
 
 
 def test_keeping_the_best_needs_something_to_choose_by():
     with pytest.raises(ShearlingError, match="needs validation windows"):
-        train(tiny_model("llama"), some_windows(), [], too_fast(keep="best"))
+        train(tiny_model("llama"), some_windows(), [], validated(keep="best"))
     with pytest.raises(ShearlingError, match="must be last or best"):
-        too_fast(keep="first")
+        validated(keep="first")
 
 
 def test_compiled_blocks_train_alike_with_widths_of_their_own():
