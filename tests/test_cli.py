@@ -113,7 +113,7 @@ def training_options(tmp_path: Path) -> tuple[object, ...]:
     )
 
 
-def test_training_without_a_recipe(tmp_path: Path, command: Any) -> None:
+def test_training_without_a_recipe(tmp_path: Path, command: Any, monkeypatch: Any) -> None:
     dense, out, options = tiny_folder(tmp_path / "dense"), tmp_path / "out", training_options(tmp_path)
     code, table, err = command("train", dense, "--out", out, *options, "--distill", 0.5, "--teacher", dense)
     assert code == 0, err
@@ -130,6 +130,8 @@ def test_training_without_a_recipe(tmp_path: Path, command: Any) -> None:
     elsewhere = ("train", dense, "--out", tmp_path / "other", *options)
     refused(command(*elsewhere, "--method", "ast"), "train: ", "needs the masks of a sparsify stage")
     refused(command(*elsewhere, "--method", "ful"), "recover.method = 'ful'", "did you mean full?")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    refused(command(*elsewhere, "--track", "trackio"), "needs the package trackio; pip install 'shearling[track]'")
     refused(command(*elsewhere, "--teacher", dense), "recover.teacher", "needs distill or layerwise above 0")
     assert not (tmp_path / "other").exists()
 

@@ -75,6 +75,7 @@ def test_every_share_between_is_accepted(value: float) -> None:
         ("prune.sparsity", ["--set prune.sparsity", "stage.field=value"]),
         ("calibration.length=1", ["calibration.length = 1", "greater than or equal to 2"]),
         ("dtype=float8", ["dtype = 'float8'", "float32"]),
+        ("track=wandb", ["track = 'wandb'", "'tensorboard' or 'trackio'"]),
         ("stages=[]", ["stages", "at least 1"]),
         ("recover.teacher=smollm2-135m", ["recover.teacher = 'smollm2-135m'", "needs distill or layerwise above 0"]),
         ("recover.teacher_offload=true", ["recover.teacher_offload = True", "needs distill or layerwise"]),

@@ -139,6 +139,7 @@ def train(
     evaluation: Annotated[str, typer.Option(help="text to score before and after")] = "stdlib:evaluation",
     context: Annotated[int, typer.Option(help="tokens of a window of it")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="score at most so many")] = None,
+    track: Annotated[str | None, typer.Option(help="send the numbers of training to tensorboard or trackio")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     seed: int = 0,
@@ -166,6 +167,7 @@ def train(
         "device": device,
         "dtype": dtype,
         "evaluate": {"text": evaluation, "context": context, "stride": context, "max_tokens": max_tokens},
+        "track": track,
         "stages": [stage],
     }
     recipe = parse_recipe(content, "train")

@@ -352,6 +352,8 @@ class Recipe(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     calibration: Calibration = Calibration()
     evaluate: Evaluation = Evaluation()
+    #: who is told the numbers of training while it runs
+    track: Literal["tensorboard", "trackio"] | None = None
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @field_validator("stages")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from shearling.recipe import AST, Evaluation, PruneStage, Recipe, RecoverStage, 
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import attach_adapters_, cut_
+from shearling.tracking import Tracker, check_tracker
 from shearling.train import TrainResult, World, join, train
 from shearling.usage import Usage
 
@@ -46,13 +47,16 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     where a signal stopped it. Under ``torchrun`` the processes train together; the first one does everything else.
     """
     check_teacher(recipe)
+    check_tracker(recipe)
     world = join()
     if recipe.recover is not None and recipe.recover.batch % world.size:
         raise ShearlingError(f"recover.batch = {recipe.recover.batch}: must be a multiple of {world.size} processes")
     if world.first:
-        return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event, world).finish()
+        with Tracker(recipe, Path(out)) as tracker:
+            listeners = [tracker] if on_event is None else [tracker, on_event]
+            return _Session(recipe, RunDir(Path(out), recipe, resume=resume), listeners, world).finish()
     if world.agree(None):
-        _Session(recipe, RunDir(Path(out), recipe, resume=True), None, world).help()
+        _Session(recipe, RunDir(Path(out), recipe, resume=True), [], world).help()
     return world.agree(None)
 
 
@@ -121,9 +125,9 @@ def evaluate_model(
 class _Session:
     """One process' work on a run: models are loaded and rebuilt when a stage first asks for them."""
 
-    def __init__(self, recipe: Recipe, folder: RunDir, on_event: OnEvent | None, world: World) -> None:
+    def __init__(self, recipe: Recipe, folder: RunDir, listeners: Sequence[OnEvent], world: World) -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
-        self._listener = on_event
+        self._listeners = listeners
         self._dense: tuple[Any, Any] | None = None
 
     def finish(self) -> dict[str, Any]:
@@ -219,7 +223,7 @@ class _Session:
         return found
 
     def _evaluate(self, model: Any, reference: Any = None) -> dict[str, Any]:
-        return evaluate_model(model, self.dense[1], self.recipe.evaluate, reference=reference, on_event=self._listener)
+        return evaluate_model(model, self.dense[1], self.recipe.evaluate, reference=reference, on_event=self._say)
 
     def _measure(self, stage: PruneStage | Sparsify) -> dict[str, Any]:
         model, tokenizer = self.dense
@@ -308,8 +312,8 @@ class _Session:
         self._say(event)
 
     def _say(self, event: dict[str, Any]) -> None:
-        if self._listener is not None:
-            self._listener(event)
+        for listener in self._listeners:
+            listener(event)
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
