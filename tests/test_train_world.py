@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from shearling.recipe import load_recipe
 from shearling.run import run
-from tests.test_run import made_small
+from tests.test_run import made_small, only_training
 from tests.world_child import KINDS, carry_out
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +109,15 @@ def test_the_twin_of_a_large_recipe_under_torchrun_ends_as_in_one_process(tmp_pa
     )
     assert uneven.returncode != 0
     assert "recover.batch = 3: must be a multiple of 2 processes" in uneven.stderr
+
+
+def test_training_alone_under_torchrun_ends_as_in_one_process(tmp_path: Path) -> None:
+    recipe = only_training(tmp_path, method="full", distill=0.5)
+    (tmp_path / "only.yaml").write_text(recipe.dump())
+    alone = run(recipe, tmp_path / "alone")
+    command = [*LAUNCH, "-m", "shearling.cli", "run", str(tmp_path / "only.yaml"), "--out", str(tmp_path / "pair")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    assert pair["recovered"]["perplexity"] == pytest.approx(alone["recovered"]["perplexity"], rel=1e-4)
+    assert pair["recovered"]["perplexity"] < pair["dense"]["perplexity"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from shearling.plan import Plan
 from shearling.recipe import Recipe
+from shearling.report import model_names
 
 _PACKAGES = ("shearling", "torch", "transformers", "safetensors")
 
@@ -30,13 +31,16 @@ def provenance(recipe: Recipe, plan: dict[str, Any]) -> dict[str, Any]:
 
 def model_card(recipe: Recipe, plan: Plan, results: dict[str, dict[str, Any]]) -> str:
     """Markdown with the before => after table and how to load the model."""
-    stages = ", then ".join(f"{stage.stage} ({stage.method})" for stage in recipe.stages)
+    trained = recipe.first is None
+    done = "trained" if trained else "pruned"
+    stages = ", then ".join(f"{'train' if trained else stage.stage} ({stage.method})" for stage in recipe.stages)
+    names = model_names(trained=trained)
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [shearling, pruned]",
+        f"tags: [shearling, {done}]",
         "---",
-        f"# {recipe.model}, pruned",
+        f"# {recipe.model}, {done}",
         "",
         f"Made by Shearling from `{recipe.model}`: {stages}.",
         "",
@@ -48,8 +52,8 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, dict[str, Any]]) -
     if results:
         lines += ["| model | perplexity | text | context | tokens |", "|---|--:|---|--:|--:|"]
         lines += [
-            f"| {name} | {row['perplexity']:.3f} | {row['corpus']} | {row['context']} | {row['tokens']} |"
-            for name, row in results.items()
+            f"| {names[key]} | {row['perplexity']:.3f} | {row['corpus']} | {row['context']} | {row['tokens']} |"
+            for key, row in results.items()
         ]
         lines.append("")
     stock = plan.to_json()["engines"][1]["loads"]

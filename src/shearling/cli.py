@@ -27,6 +27,8 @@ RecipeArgument = Annotated[Path, typer.Argument(help="recipe file (YAML)", metav
 Overrides = Annotated[list[str], typer.Option("--set", help="override, as stage.field=value", metavar="FIELD=VALUE")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
+ModelArgument = Annotated[str, typer.Argument(help="smollm2-135m, a folder or a hub id")]
 
 
 @app.command()
@@ -34,24 +36,14 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="run directory; runs/NAME where not given")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")] = False,
+    resume: Resume = False,
 ) -> None:
     """Carry out a recipe into a run directory."""
     from shearling.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     folder = Path("runs") / recipe.stem if out is None else out
-    with _working(f"go on with: shearling run {recipe} --out {folder} --resume") as narrator:
-        from shearling.run import run as carry_out
-
-        metrics = carry_out(loaded, folder, resume=resume, on_event=narrator)
-    if os.environ.get("RANK", "0") != "0":
-        # one of several processes that torchrun started; the first one speaks
-        return
-    from shearling.console import result_table
-
-    _print(result_table(metrics))
-    typer.echo(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
+    _carry_out(loaded, folder, resume, f"go on with: shearling run {recipe} --out {folder} --resume")
 
 
 @app.command()
@@ -66,13 +58,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
-    from shearling.methods.stages import preview_stage, with_memory
+    from shearling.methods.stages import preview_recipe
     from shearling.models import empty_model
 
-    model = empty_model(loaded.model, loaded.dtype)
-    planned = preview_stage(model, loaded.first, loaded.model)
-    if loaded.recover is not None:
-        planned = with_memory(loaded, planned, model, processes)
+    planned = preview_recipe(loaded, empty_model(loaded.model, loaded.dtype), processes)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
@@ -83,7 +72,7 @@ def plan(
 
 @app.command()
 def cut(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder or a hub id")],
+    model: ModelArgument,
     out: Annotated[Path, typer.Option(help="new folder for the model")],
     method: Annotated[str, typer.Option(help="cfsp, shearling, wanda-sp, flap, magnitude, random")] = "cfsp",
     sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
@@ -131,9 +120,63 @@ def cut(
     typer.echo(f"model   {out}")
 
 
+@app.command()
+def train(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="run directory")],
+    method: Annotated[
+        str, typer.Option(help="all parameters (full) or low-rank branches that are merged (lora)")
+    ] = "full",
+    text: Annotated[str, typer.Option(help="text to train on")] = "stdlib:recovery",
+    tokens: Annotated[int, typer.Option(help="tokens to train on")] = 1_000_000,
+    length: Annotated[int, typer.Option(help="tokens of a window")] = 512,
+    batch: Annotated[int, typer.Option(help="windows of a step")] = 8,
+    micro_batch: Annotated[int, typer.Option(help="windows at a time")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="peak; the method's own where not given")] = None,
+    cross_entropy: Annotated[float, typer.Option(help="weight of the next token's loss")] = 1.0,
+    distill: Annotated[float, typer.Option(help="weight of the divergence from the teacher")] = 0.0,
+    teacher: Annotated[str | None, typer.Option(help="model to follow; MODEL as it is where not given")] = None,
+    evaluation: Annotated[str, typer.Option(help="text to score before and after")] = "stdlib:evaluation",
+    context: Annotated[int, typer.Option(help="tokens of a window of it")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="score at most so many")] = None,
+    track: Annotated[str | None, typer.Option(help="send the numbers of training to tensorboard or trackio")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    seed: int = 0,
+    resume: Resume = False,
+) -> None:
+    """Train a model without a recipe, as it is, into a run directory; zeros under masks do not stay."""
+    from shearling.recipe import parse_recipe
+
+    stage = {
+        "stage": "recover",
+        "method": method,
+        "text": text,
+        "tokens": tokens,
+        "length": length,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "cross_entropy": cross_entropy,
+        "distill": distill,
+        "teacher": teacher,
+        **({} if learning_rate is None else {"learning_rate": learning_rate}),
+    }
+    content = {
+        "model": model,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "evaluate": {"text": evaluation, "context": context, "stride": context, "max_tokens": max_tokens},
+        "track": track,
+        "stages": [stage],
+    }
+    recipe = parse_recipe(content, "train")
+    _carry_out(recipe, out, resume, "go on with the same command and --resume")
+
+
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a folder or a hub id")],
+    model: ModelArgument,
     text: Annotated[str, typer.Option(help="text to score")] = "stdlib:evaluation",
     context: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
     stride: Annotated[int | None, typer.Option(help="tokens between windows; the context where not given")] = None,
@@ -224,6 +267,21 @@ def main() -> None:
         # the reader of our output has left; nothing of ours is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _carry_out(recipe: Any, folder: Path, resume: bool, hint: str) -> None:
+    """A recipe into a run directory, then its results as a table."""
+    with _working(hint) as narrator:
+        from shearling.run import run as carry_out
+
+        metrics = carry_out(recipe, folder, resume=resume, on_event=narrator)
+    if os.environ.get("RANK", "0") != "0":
+        # one of several processes that torchrun started; the first one speaks
+        return
+    from shearling.console import result_table
+
+    _print(result_table(metrics))
+    typer.echo(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}")
 
 
 @contextmanager

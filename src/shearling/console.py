@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from shearling.report import model_names
+
 
 class Narrator:
     """Turns the events of a run into progress bars on a terminal, and into a few plain lines elsewhere."""
@@ -96,12 +98,13 @@ def plan_table(rows: list[tuple[str, str, str, str]], title: str) -> Table:
 
 def result_table(metrics: dict[str, Any]) -> Table:
     """Perplexity, divergence and size of each model of a run."""
+    names = model_names(trained="pruned" not in metrics)
     table = Table(title=f"{metrics['model']} on {metrics['dense']['corpus']}, {metrics['dense']['tokens']} tokens")
     table.add_column("")
-    for name in ("perplexity", "KL from dense", "agreement", "parameters", "MiB"):
-        table.add_column(name, justify="right")
-    for name in ("dense", "pruned", "recovered"):
-        row = metrics.get(name)
+    for heading in ("perplexity", f"KL from {names['dense']}", "agreement", "parameters", "MiB"):
+        table.add_column(heading, justify="right")
+    for key, name in names.items():
+        row = metrics.get(key)
         if row is not None:
             moved = (f"{row['kl']:.4f}", f"{row['agreement']:.1%}") if "kl" in row else ("", "")
             size = f"{row['bytes'] / 2**20:.1f}"

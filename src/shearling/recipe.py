@@ -183,7 +183,7 @@ class _Recover(_Strict):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     #: weight of the relative squared error of the states after each block
     layerwise: Annotated[float, Field(ge=0)] = 0.0
-    #: model that is followed, by its name, folder or hub id; the dense one by default
+    #: model that is followed, by its name, folder or hub id; the recipe's own, as it was loaded, by default
     teacher: str | None = None
     #: precision of its weights; the recipe's by default
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -363,32 +363,42 @@ class Recipe(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     calibration: Calibration = Calibration()
     evaluate: Evaluation = Evaluation()
+    #: who is told the numbers of training while it runs
+    track: Literal["tensorboard", "trackio"] | None = None
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @field_validator("stages")
     @classmethod
     def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [stage.stage for stage in stages]
-        if names not in (["prune"], ["prune", "recover"], ["sparsify"], ["sparsify", "recover"]):
-            raise ValueError(f"must be prune or sparsify, and recover after either; got {', '.join(names)}")
-        if len(stages) > 1 and isinstance(stages[1], AST | SPP) != (names[0] == "sparsify"):
+        if names not in (["prune"], ["prune", "recover"], ["sparsify"], ["sparsify", "recover"], ["recover"]):
+            raise ValueError(
+                f"must be prune or sparsify, and recover after either, or recover alone; got {', '.join(names)}"
+            )
+        last = stages[-1]
+        if names == ["recover"]:
+            if isinstance(last, AST | SPP):
+                raise ValueError(
+                    f"recover.method = {last.method} needs the masks of a sparsify stage; alone it must be lora or full"
+                )
+            if isinstance(last, LoRA) and last.ranks == "damaged":
+                raise ValueError("recover.ranks = damaged needs a prune stage; alone it must be important or uniform")
+        elif names[1:] and isinstance(last, AST | SPP) != (names[0] == "sparsify"):
             wanted = "lora or full" if names[0] == "prune" else "ast or spp, which keep to masks"
             raise ValueError(f"after {names[0]}, recover.method must be {wanted}")
         return stages
 
     @property
-    def first(self) -> CFSP | CFSPReference | Shearling | Baseline | Sparsify:
-        """The stage that prunes."""
+    def first(self) -> PruneStage | Sparsify | None:
+        """The stage that prunes; None where the recipe only trains."""
         stage = self.stages[0]
-        assert isinstance(stage, _Prune | Sparsify)
-        return stage  # pyrefly: ignore[bad-return]
+        return None if isinstance(stage, LoRA | Full | AST | SPP) else stage
 
     @property
-    def recover(self) -> LoRA | Full | AST | SPP | None:
-        """The recovery stage, if there is one."""
-        stage = self.stages[1] if len(self.stages) > 1 else None
-        assert stage is None or isinstance(stage, LoRA | Full | AST | SPP)
-        return stage
+    def recover(self) -> RecoverStage | None:
+        """The stage that trains, if there is one."""
+        stage = self.stages[-1]
+        return stage if isinstance(stage, LoRA | Full | AST | SPP) else None
 
     def dump(self) -> str:
         """The recipe with every default spelled out, as YAML that loads back equal."""

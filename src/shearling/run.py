@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
-from shearling.plan import Adapters, Delta, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
-from shearling.recipe import AST, SPP, Evaluation, Recipe, RecoverStage
+from shearling.plan import Adapters, Delta, Edit, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
+from shearling.recipe import AST, SPP, Evaluation, PruneStage, Recipe, RecoverStage, Sparsify
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import attach_adapters_, cut_
+from shearling.tracking import Tracker, check_tracker
 from shearling.train import TrainResult, World, join, train
 from shearling.usage import Usage
 
@@ -46,23 +47,28 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     where a signal stopped it. Under ``torchrun`` the processes train together; the first one does everything else.
     """
     check_teacher(recipe)
+    check_tracker(recipe)
     world = join()
     if recipe.recover is not None and recipe.recover.batch % world.size:
         raise ShearlingError(f"recover.batch = {recipe.recover.batch}: must be a multiple of {world.size} processes")
     if world.first:
-        return _Session(recipe, RunDir(Path(out), recipe, resume=resume), on_event, world).finish()
+        with Tracker(recipe, Path(out)) as tracker:
+            listeners = [tracker] if on_event is None else [tracker, on_event]
+            return _Session(recipe, RunDir(Path(out), recipe, resume=resume), listeners, world).finish()
     if world.agree(None):
-        _Session(recipe, RunDir(Path(out), recipe, resume=True), None, world).help()
+        _Session(recipe, RunDir(Path(out), recipe, resume=True), [], world).help()
     return world.agree(None)
 
 
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
+    if recipe.first is None:
+        raise ShearlingError("stages: recover alone prunes nothing; put prune or sparsify before it")
     if out.exists():
         raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
     home = "cpu" if recipe.calibration.stream else recipe.device
     model, tokenizer = load(recipe.model, home, recipe.dtype)
-    outcome = _outcome(recipe, model, tokenizer, None, on_event)
+    outcome = _outcome(recipe, recipe.first, model, tokenizer, None, on_event)
     cut_(model, outcome.edits)
     made = provenance(recipe, outcome.plan.to_json())
     save_model(model, tokenizer, out, provenance=made, card=model_card(recipe, outcome.plan, {}))
@@ -119,9 +125,9 @@ def evaluate_model(
 class _Session:
     """One process' work on a run: models are loaded and rebuilt when a stage first asks for them."""
 
-    def __init__(self, recipe: Recipe, folder: RunDir, on_event: OnEvent | None, world: World) -> None:
+    def __init__(self, recipe: Recipe, folder: RunDir, listeners: Sequence[OnEvent], world: World) -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
-        self._listener = on_event
+        self._listeners = listeners
         self._dense: tuple[Any, Any] | None = None
 
     def finish(self) -> dict[str, Any]:
@@ -131,9 +137,13 @@ class _Session:
             self.world.agree(False)
             return self.world.agree(finished)
         folder.log(f"run of {recipe.model}")
+        first = recipe.first
         results = {"dense": self._stage("dense", lambda: self._evaluate(self.dense[0]))}
-        measured = self._stage("measure", self._measure)
+        steps = dict(results)
+        if first is not None:
+            steps["measure"] = self._stage("measure", lambda: self._measure(first))
         outcome = self._restore()
+        folder.write_json("plan.json", outcome.plan.to_json())
         pruned: list[Any] = []
 
         def cut_model() -> Any:
@@ -143,8 +153,10 @@ class _Session:
                 pruned.append(model)
             return pruned[0]
 
-        results["pruned"] = self._stage("pruned", lambda: self._evaluate(cut_model(), self.dense[0]))
-        steps = {"dense": results["dense"], "measure": measured, "pruned": results["pruned"]}
+        if first is not None:
+            results["pruned"] = steps["pruned"] = self._stage(
+                "pruned", lambda: self._evaluate(cut_model(), self.dense[0])
+            )
         unsaved = not (folder.path / "model").exists()
         training = self.world.agree(unsaved and recipe.recover is not None)
         if unsaved:
@@ -211,27 +223,30 @@ class _Session:
         return found
 
     def _evaluate(self, model: Any, reference: Any = None) -> dict[str, Any]:
-        return evaluate_model(model, self.dense[1], self.recipe.evaluate, reference=reference, on_event=self._listener)
+        return evaluate_model(model, self.dense[1], self.recipe.evaluate, reference=reference, on_event=self._say)
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, stage: PruneStage | Sparsify) -> dict[str, Any]:
         model, tokenizer = self.dense
         home = model.device
         if self.recipe.calibration.stream:
             model.to("cpu")
-        outcome = _outcome(self.recipe, model, tokenizer, self.folder.state / "measure", self._event)
+        outcome = _outcome(self.recipe, stage, model, tokenizer, self.folder.state / "measure", self._event)
         model.to(home)
         save_edits(outcome.edits, self.folder.state / "edits")
-        self.folder.write_json("plan.json", outcome.plan.to_json())
         return {"importance": list(outcome.plan.importance)}
 
     def _restore(self) -> Outcome:
-        """Plan and edits from disk, so that a resumed run works on the very same values."""
-        edits = load_edits(self.folder.state / "edits")
-        measured = self.folder.done("measure")
-        assert measured is not None
-        model, name, method = self.dense[0], self.recipe.model, self.recipe.first.method
+        """Plan and edits from disk, so that a resumed run works on the very same values; no edits without pruning."""
+        recipe, model = self.recipe, self.dense[0]
+        edits: tuple[Edit, ...] = ()
+        importance: list[float] = []
+        if recipe.first is not None:
+            edits = load_edits(self.folder.state / "edits")
+            measured = self.folder.done("measure")
+            assert measured is not None
+            importance = measured["importance"]
         anatomy, inventory = anatomy_of(model.config), inventory_of(model)
-        return Outcome(plan_of(name, method, anatomy, inventory, edits, measured["importance"]), edits)
+        return Outcome(plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance), edits)
 
     def _recover(self, model: Any, outcome: Outcome, stage: RecoverStage) -> tuple[Any, TrainResult]:
         recipe, dense = self.recipe, self.dense[0]
@@ -298,8 +313,8 @@ class _Session:
         self._say(event)
 
     def _say(self, event: dict[str, Any]) -> None:
-        if self._listener is not None:
-            self._listener(event)
+        for listener in self._listeners:
+            listener(event)
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
@@ -309,12 +324,19 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, 
     return model, load_tokenizer(name)
 
 
-def _outcome(recipe: Recipe, model: Any, tokenizer: Any, state: Path | None, on_event: OnEvent | None) -> Outcome:
+def _outcome(
+    recipe: Recipe,
+    stage: PruneStage | Sparsify,
+    model: Any,
+    tokenizer: Any,
+    state: Path | None,
+    on_event: OnEvent | None,
+) -> Outcome:
     wish = recipe.calibration
     return plan_stage(
         model,
         _calibration(recipe, tokenizer),
-        recipe.first,
+        stage,
         batch=wish.batch,
         seed=recipe.seed,
         device=device_of(recipe.device),

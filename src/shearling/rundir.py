@@ -15,7 +15,7 @@ from shearling.plan import write_whole
 from shearling.recipe import Recipe
 
 #: keys of a recipe that a resumed run may change, since they leave the result alone
-_FREE = ("device",)
+_FREE = ("device", "track")
 
 
 class RunDir:

@@ -1,4 +1,4 @@
-"""Which method carries out a recipe's first stage."""
+"""Which method carries out the stage of a recipe that prunes, and what a recipe will make of its model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shearling.anatomy import anatomy_of
 from shearling.methods.masks import plan_masks, preview_masks
 from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
-from shearling.plan import Outcome, Plan
+from shearling.plan import Outcome, Plan, inventory_of, plan_of
 from shearling.recipe import Recipe, Sparsify
 
 
@@ -22,17 +23,21 @@ def plan_stage(model: Any, tokens: Tensor, stage: Settings | Sparsify, **options
     return plan_structured(model, tokens, stage, **options)
 
 
-def preview_stage(model: Any, stage: Settings | Sparsify, name: str = "") -> Plan:
-    """The plan before anything is measured; ``model`` may be on meta."""
-    return preview_masks(model, stage, name) if isinstance(stage, Sparsify) else preview(model, stage, name)
+def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
+    """The plan before anything is done, with the memory that a process' training takes at most.
 
-
-def with_memory(recipe: Recipe, plan: Plan, model: Any, processes: int = 1) -> Plan:
-    """The plan with the memory that a process' training takes at most; ``model`` is the dense one, on meta.
-
-    Products are in bfloat16, as the loop has them on a GPU, but for a recipe that names the CPU.
+    ``model`` is the recipe's, and may be on meta. Products are in bfloat16, as the loop has them on a GPU, but for a
+    recipe that names the CPU.
     """
-    assert recipe.recover is not None
+    match recipe.first:
+        case None:
+            plan = plan_of(recipe.model, recipe.stages[0].method, anatomy_of(model.config), inventory_of(model), ())
+        case Sparsify() as stage:
+            plan = preview_masks(model, stage, recipe.model)
+        case stage:
+            plan = preview(model, stage, recipe.model)
+    if recipe.recover is None:
+        return plan
     compute = None if recipe.device == "cpu" else torch.bfloat16
     found = recovery_memory(recipe, recipe.recover, model, plan, compute=compute, processes=processes)
     return replace(plan, estimate={"peak_bytes": found.peak})

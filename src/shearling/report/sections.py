@@ -5,13 +5,16 @@ Plots are Markup (already escaped); everything else is plain text that the templ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 from markupsafe import Markup
 
+from shearling.recipe import RECOVERIES
 from shearling.report import plots
 from shearling.report.files import Record, RunFiles, record, records
+from shearling.report.names import model_names
 from shearling.report.numbers import (
     count,
     decimal,
@@ -34,7 +37,6 @@ QUANTITIES = {
     "decay": "decay of masked weights",
     "learning_rate": "learning rate",
 }
-MODELS = ("dense", "pruned", "recovered")
 
 Section = dict[str, Any]
 
@@ -43,18 +45,27 @@ def overview(run: RunFiles) -> Section:
     """Title, subtitle and the headline numbers."""
     method = run.plan.get("method")
     model = words(run.metrics.get("model") or run.plan.get("model"))
+    done = "trained" if _only_trained(run) else "pruned" + (f" by {method}" if method else "")
     facts = [(key, run.metrics.get(key)) for key in ("family", "device")]
     return {
-        "title": f"{model}, pruned" + (f" by {method}" if method else ""),
+        "title": f"{model}, {done}",
         "lede": _lede(run),
         "facts": [f"{key} {value}" for key, value in facts if value],
         "numbers": [number for number in _headline_numbers(run) if number],
     }
 
 
+def _only_trained(run: RunFiles) -> bool:
+    return run.plan.get("method") in RECOVERIES
+
+
+def _names(run: RunFiles) -> dict[str, str]:
+    return model_names(trained=_only_trained(run))
+
+
 def _measured(run: RunFiles) -> dict[str, Record]:
-    models = {name: record(run.metrics.get(name)) for name in MODELS}
-    return {name: model for name, model in models.items() if model}
+    models = {key: record(run.metrics.get(key)) for key in _names(run)}
+    return {key: model for key, model in models.items() if model}
 
 
 def _sizes(run: RunFiles) -> tuple[Record, Record]:
@@ -73,6 +84,9 @@ def _lede(run: RunFiles) -> str:
     before, after = (finite(side.get("parameters")) for side in _sizes(run))
     if before is None or after is None or before <= 0:
         return ""
+    if _only_trained(run):
+        done = "Trained" if _measured(run) else "Planned: to train"
+        return f"{done}; all {decimal(before)} parameters stay."
     done = "Removed" if _measured(run) else "Planned: to remove"
     gone = before - after
     return f"{done} {decimal(gone)} of {decimal(before)} parameters ({percent(gone / before)})."
@@ -83,23 +97,23 @@ def _headline_numbers(run: RunFiles) -> list[Section | None]:
     before, after = _sizes(run)
     perplexity: Section | None = None
     if measured:
-        values = [(name, significant(row.get("perplexity"))) for name, row in measured.items()]
+        names = _names(run)
+        values = [(names[key], significant(row.get("perplexity"))) for key, row in measured.items()]
         perplexity = {"name": "Perplexity", "values": values, "note": _corpus(measured) or ""}
     shown = (
         ("Parameters", "parameters", decimal),
         ("Size", "bytes", size),
         ("FLOPs per token", "flops_per_token", decimal),
     )
-    pairs = [
-        {
-            "name": name,
-            "values": [("before", write(before.get(key))), ("after", write(after.get(key)))],
-            "note": ratio(after.get(key), before.get(key)) + " of before",
-        }
-        for name, key, write in shown
-        if key in before and key in after
-    ]
-    return [perplexity, *pairs]
+    known = [row for row in shown if row[1] in before and row[1] in after]
+    return [perplexity, *(_change(name, before[key], after[key], write) for name, key, write in known)]
+
+
+def _change(name: str, before: Any, after: Any, write: Callable[[Any], str]) -> Section:
+    if before == after:
+        return {"name": name, "values": [("unchanged", write(before))], "note": ""}
+    values = [("before", write(before)), ("after", write(after))]
+    return {"name": name, "values": values, "note": ratio(after, before) + " of before"}
 
 
 def _corpus(measured: dict[str, Record]) -> str | None:
@@ -116,18 +130,18 @@ def _corpus_of(row: Record) -> str:
 
 
 def quality(run: RunFiles) -> Section | None:
-    """Perplexity and distance from the dense model, one row a measured model."""
+    """Perplexity and distance from the model before all work, one row a measured model."""
     measured = _measured(run)
     if not measured:
         return None
     dense = measured.get("dense", {}).get("perplexity")
-    shared = _corpus(measured)
+    shared, names = _corpus(measured), _names(run)
     rows = []
-    for name, row in measured.items():
+    for key, row in measured.items():
         cells = [significant(row.get("perplexity")), ratio(row.get("perplexity"), dense)]
         cells += [significant(row.get("kl"), 3), percent(row.get("agreement"))]
-        rows.append({"name": name, "cells": cells, "corpus": None if shared else _corpus_of(row)})
-    return {"rows": rows, "corpus": shared}
+        rows.append({"name": names[key], "cells": cells, "corpus": None if shared else _corpus_of(row)})
+    return {"rows": rows, "corpus": shared, "reference": names["dense"]}
 
 
 def sizes(run: RunFiles) -> Section | None:
@@ -171,12 +185,12 @@ def _shapes(run: RunFiles) -> list[tuple[str, str, str, str]]:
 
 
 def widths(run: RunFiles) -> Section | None:
-    """The plots of kept widths and the same numbers as a table."""
+    """The plots of kept widths and the same numbers as a table; None where all stay as they are."""
     blocks = records(run.plan.get("blocks"))
     ffn = [plots.finite_pair(block.get("ffn")) for block in blocks]
     heads = [plots.finite_pair(block.get("kv_heads")) for block in blocks]
     importance = [finite(block.get("importance")) for block in blocks]
-    if not any(value is not None for pair in ffn + heads for value in pair):
+    if all(before == after for before, after in ffn + heads):
         return None
     rows = []
     for index, block in enumerate(blocks):
@@ -240,9 +254,10 @@ def cost(run: RunFiles) -> Section | None:
     seconds = [finite(stage.get("seconds")) for stage in stages]
     times = [value for value in seconds if value is not None]
     peaks = [finite(stage.get("peak_bytes")) for stage in stages]
+    names = _names(run)
     rows = [
         {
-            "name": words(stage.get("name")),
+            "name": names.get(words(stage.get("name")), words(stage.get("name"))),
             "seconds": duration(time),
             "bar": Markup(plots.share_bar(time, max(times, default=0.0))),
             "peak": size(peak),
@@ -263,13 +278,13 @@ def cost(run: RunFiles) -> Section | None:
 def samples(run: RunFiles) -> Section | None:
     """What the models wrote, prompt by prompt, one column a model."""
     given = records(run.metrics.get("samples"))
-    models = [name for name in MODELS if any(name in sample for sample in given)]
+    models = {key: name for key, name in _names(run).items() if any(key in sample for sample in given)}
     if not models:
         return None
     rows = [
         {
             "prompt": words(sample.get("prompt")),
-            "texts": [(name, words(sample.get(name))) for name in models],
+            "texts": [(name, words(sample.get(key))) for key, name in models.items()],
         }
         for sample in given
     ]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from shearling.anatomy import anatomy_of
+from shearling.nn import joint_products
 from shearling.train.head import blocks_of
 
 
@@ -15,12 +17,16 @@ from shearling.train.head import blocks_of
 def compiled(model: Any) -> Iterator[None]:
     """Within, every block of a causal language model runs compiled; blocks of one shape share their code.
 
-    Not for a model that is ``offloaded``.
+    Linears of a block that read the same states become one product. Not for a model that is ``offloaded``.
     """
-    blocks = blocks_of(model)
+    blocks, family = blocks_of(model), anatomy_of(model.config).family
+    alike = [
+        [b.get_submodule(n) for n in names] for b in blocks for names in (family.attention_inputs, family.ffn_inputs)
+    ]
     # every width is a variant of one piece of code, in training, in evaluation, and for a last, smaller batch
     variants = 4 * len(blocks) + 8
-    with torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants):
+    limits = torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants)
+    with limits, joint_products(alike):
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         try:
