@@ -4,12 +4,14 @@
 
 All variants train on equal parts of the ``corpus/*.train`` domains with the same steps: as many as the first one makes
 in the given seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model
-unless they say otherwise. Scored on WikiText-2 test and the held-out corpora, in windows of 2048.
+unless they say otherwise, and are trained at every learning rate and seed that is given. Scored on WikiText-2 test and
+the held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from contextlib import nullcontext
@@ -19,6 +21,7 @@ import torch
 from common import Row, Rows, arguments, device_name, held_out, mixture, report_quality, score
 
 from shearling.anatomy import anatomy_of
+from shearling.evaluate import evaluate_tasks
 from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
 from shearling.methods.masks import pattern_of, plan_masks
 from shearling.methods.slorb import overhead
@@ -30,9 +33,10 @@ from shearling.surgery import attach_adapters_, cut_
 from shearling.train import Distillation, Policy, TrainSettings, compiled, train
 
 COLUMNS = [
-    "variant", "corpus", "perplexity", "tokens", "context", "steps", "trained_tokens", "unique_tokens",
-    "tokens_per_second", "seconds", "flips", "away", "overhead", "peak_bytes",
+    "variant", "learning_rate", "seed", "corpus", "perplexity", "accuracy", "stderr", "tokens", "context", "steps",
+    "trained_tokens", "unique_tokens", "tokens_per_second", "seconds", "flips", "away", "overhead", "peak_bytes",
 ]  # fmt: skip
+TASKS = ("arc_easy", "piqa", "hellaswag", "winogrande", "boolq", "openbookqa", "lambada_openai")
 
 
 class Variant(NamedTuple):
@@ -77,17 +81,16 @@ class Bench:
     def __init__(self, args: Any) -> None:
         self.quick, self.gpu = args.quick, args.device.startswith("cuda")
         self.dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
-        tokenizer = load_tokenizer(args.model)
+        self.tokenizer = tokenizer = load_tokenizer(args.model)
         self.length, self.batch = (64, 4) if self.quick else (1024, 32)
         self.micro_batch = min(args.micro_batch, self.batch)
-        self.learning_rate, self.seed = args.learning_rate, args.seed
         self.text = mixture(args.data, tokenizer, 2000 if self.quick else 10**9, self.length)
         num, length = (4, 128) if self.quick else (64, 2048)
         domains = mixture(args.data, tokenizer, num * length, length)
         self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
         self.context = 256 if self.quick else 2048
         self.texts = held_out(
-            args.data, tokenizer, (2 if self.quick else 32) * self.context, ("web",) if self.quick else None
+            args.data, tokenizer, (2 if self.quick else args.windows) * self.context, ("web",) if self.quick else None
         )
         self.norms = input_norms(self.dense, self.tokens, 4)
         self.outcomes: dict[str, Outcome] = {}
@@ -100,17 +103,16 @@ class Bench:
             self.outcomes[start] = plan_masks(self.dense, self.tokens, settings, batch=4)
         return self.outcomes[start]
 
-    def settings(self, variant: Variant, steps: int) -> TrainSettings:
+    def settings(self, variant: Variant, steps: int, learning_rate: float, seed: int) -> TrainSettings:
         return TrainSettings(
             tokens=steps * self.batch * self.length,
             length=self.length,
             batch=self.batch,
             micro_batch=self.micro_batch,
-            # few numbers take large steps
-            learning_rate=variant.settings.learning_rate if isinstance(variant.settings, SPP) else self.learning_rate,
+            learning_rate=learning_rate,
             cross_entropy=variant.cross_entropy,
             log_every=1,
-            seed=self.seed,
+            seed=seed,
             compile=self.gpu,
             capture=self.gpu,
         )
@@ -130,7 +132,7 @@ class Bench:
         pattern = pattern_of(Sparsify())
         return model, [ASTPolicy(anatomy_of(model.config), pattern, variant.settings, masks, self.norms)]
 
-    def carry_out(self, variant: Variant, steps: int) -> tuple[Any, Row]:
+    def carry_out(self, variant: Variant, steps: int, learning_rate: float, seed: int) -> tuple[Any, Row]:
         """Train a variant; the model as it is scored, and what training it was like."""
         model, policies = self.start(variant)
         teacher = copy.deepcopy(self.dense).to(torch.bfloat16 if self.gpu else torch.float32)
@@ -141,9 +143,12 @@ class Bench:
         began = time.perf_counter()
         with compiled(teacher) if self.gpu else nullcontext():
             followed: list[Policy] = [*follow, *policies] if variant.distill else policies
-            result = train(model, self.text, followed, self.settings(variant, steps), on_event=events.append)
+            settings = self.settings(variant, steps, learning_rate, seed)
+            result = train(model, self.text, followed, settings, on_event=events.append)
         speeds = [event["tokens_per_second"] for event in events if "loss" in event]
         row: Row = {
+            "learning_rate": learning_rate,
+            "seed": seed,
             "steps": steps,
             "trained_tokens": result.tokens,
             "unique_tokens": min(result.tokens, self.text.numel()),
@@ -167,8 +172,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of seconds")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["ast", "ast, slorb", "fixed mask"])
     parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--windows", type=int, default=32, help="of every corpus that are scored")
+    parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too")
     args = parser.parse_args()
     rows = Rows(COLUMNS, args.json)
     bench = Bench(args)
@@ -177,6 +184,11 @@ def main() -> None:
     def report(name: str, model: Any, **row: Any) -> None:
         found = score(model, bench.texts, bench.context, 4 if bench.gpu else 1)
         report_quality(rows, found, variant=name, context=bench.context, **row)
+        if args.tasks:
+            limit, batch = (4, 4) if bench.quick else (None, 32)
+            answers = evaluate_tasks(model, bench.tokenizer, TASKS, data=args.data / "eval", limit=limit, batch=batch)
+            for task, answer in answers.items():
+                rows.add(variant=name, corpus=task, accuracy=answer["accuracy"], stderr=answer["stderr"], **row)
 
     report("dense", bench.dense)
     wanted = {name: VARIANTS[name] for name in args.variants}
@@ -186,11 +198,14 @@ def main() -> None:
         report(f"{start}, one-shot", model)
     steps = args.steps or (3 if args.quick else None)
     if steps is None:
-        _, row = bench.carry_out(next(iter(wanted.values())), 24)
+        _, row = bench.carry_out(next(iter(wanted.values())), 24, args.learning_rates[0], 0)
         steps = round(args.seconds * row["tokens_per_second"] / (bench.batch * bench.length))
     for name, variant in wanted.items():
-        model, row = bench.carry_out(variant, steps)
-        report(name, model, **row)
+        # multiplied by weights, few numbers take large steps
+        rates = [variant.settings.learning_rate] if isinstance(variant.settings, SPP) else args.learning_rates
+        for rate, seed in itertools.product(rates, args.seeds):
+            model, row = bench.carry_out(variant, steps, rate, seed)
+            report(name, model, **row)
 
 
 if __name__ == "__main__":
