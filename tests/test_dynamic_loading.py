@@ -14,14 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from shearling.anatomy import anatomy_of
 from shearling.data import Domains
 from shearling.errors import ShearlingError
 from shearling.methods.dynamic_loading import DynamicLoading, reweighted
+from shearling.methods.ig_lora import LoRAPolicy
 from shearling.methods.reference_losses import fit_scaling_law, reference_losses, source_losses
-from shearling.train import Policy, TrainSettings, affordable_windows, train
+from shearling.train import (
+    CachedTeacher,
+    Distillation,
+    Policy,
+    TrainSettings,
+    affordable_windows,
+    cache_teacher,
+    train,
+)
 from shearling.train.sampler import MixtureSampler
 from shearling.train.world import World
-from tests.tiny import tiny_model, tiny_tokens
+from tests.tiny import VOCAB, tiny_model, tiny_tokens
 
 LENGTH = 12
 SETTINGS = TrainSettings(
@@ -320,6 +330,22 @@ def test_resuming_in_the_middle_of_an_interval_changes_no_bit(at: int, scoring: 
     running = ("tokens_per_second", "eta_seconds")
     told = [[{k: v for k, v in e.items() if k not in running} for e in found] for found in (events, expected)]
     assert told[0] == [event for event in told[1] if event["step"] >= at]
+
+
+def test_a_cached_teacher_finds_the_windows_of_every_domain(tmp_path: Path) -> None:
+    """It is cached in the domains' order and read in the mixture's, beside LoRA and changing weights."""
+    domains, teacher = some_domains(), tiny_model("llama", seed=3)
+    cached = cache_teacher(teacher, domains, tmp_path, k=VOCAB)
+    found = []
+    for source in (teacher, CachedTeacher(tmp_path, some_domains(web=1, code=8, books=1))):
+        model = tiny_model("llama")
+        lora = LoRAPolicy(anatomy_of(model.config), [2, 3, 4])
+        policies = [lora, Distillation(source), DynamicLoading(REFERENCE)]
+        found.append(train(model, domains, policies, SETTINGS, validation=held_out()))
+    assert cached.count == len(domains)
+    assert found[1].losses == pytest.approx(found[0].losses, rel=1e-3)
+    assert found[1].weights == pytest.approx(found[0].weights, rel=1e-3)
+    assert found[1].weights != domains.weights
 
 
 def test_other_weights_at_the_start_are_another_run(tmp_path: Path) -> None:
