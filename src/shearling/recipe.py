@@ -200,7 +200,7 @@ class Loading(_Strict):
 def reference_table(content: Any) -> dict[str, float | dict[float, float]]:
     """Losses by domain, of plain values: a loss, or at least three of a model family by their numbers of parameters.
 
-    Raises ValueError for anything else.
+    The latter are extrapolated to the size of the model that is trained. Raises ValueError for anything else.
     """
     if not isinstance(content, dict) or not content:
         raise ValueError("must be a table of losses by domain, a file of one, or source")
