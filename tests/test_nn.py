@@ -9,16 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shearling.errors import ShearlingError
-from shearling.nn import (
-    EffectiveLinear,
-    LoRABranch,
-    LowRankBranch,
-    MaskTransform,
-    joint_products,
-    plain_state,
-    unwrap_,
-    wrap_,
-)
+from shearling.nn import EffectiveLinear, LoRABranch, LowRankBranch, MaskTransform, plain_state, unwrap_, wrap_
 from shearling.train import compiled
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -291,54 +282,7 @@ def test_one_graph_under_compile_and_new_masks_need_no_new_one():
     assert len(graphs) == 1
 
 
-# --- linears that read the same states
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_joint_products_are_the_single_ones(bias, wrapped):
-    torch.manual_seed(0)
-    block = nn.ModuleList([nn.Linear(12, size, bias=bias) for size in (5, 8, 3)]).double()
-    if wrapped:
-        decorate(block)
-    weights = [torch.randn(7, size, dtype=torch.float64) for size in (5, 8, 3)]
-    x = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *block.parameters()]
-
-    def outputs():
-        # in an order of their own, twice
-        for order in ((2, 0, 1), (0, 1, 2)):
-            found = {number: block[number](x) for number in order}
-        return found, torch.autograd.grad(sum((found[n] * weights[n]).sum() for n in range(3)), inputs)
-
-    expected, gradients = outputs()
-    names = list(block.state_dict())
-    with joint_products([block]):
-        found, joint = outputs()
-        assert list(block.state_dict()) == names
-    for number in range(3):
-        torch.testing.assert_close(found[number], expected[number], rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(joint, gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert not any({"forward", "_joint"} & set(vars(module)) for module in block.modules())
-
-
-@pytest.mark.parametrize(
-    "group",
-    [
-        [nn.Linear(4, 3)],
-        [nn.Linear(4, 3), nn.Linear(4, 3, bias=False)],
-        [Conv1D(3, 4), Conv1D(2, 4)],
-        [nn.Linear(4, 3), nn.Identity()],
-    ],
-    ids=["alone", "one bias", "other way round", "no linear"],
-)
-def test_what_does_not_fit_together_stays_apart(group):
-    with joint_products([group]):
-        assert not any("forward" in vars(module) for module in group)
-
-
-def test_blocks_with_joint_products_share_one_graph():
+def test_blocks_of_one_shape_compile_to_one_graph():
     model, tokens = tiny_model("qwen2", num_hidden_layers=4), tiny_tokens(2, 12)
     decorate(model)
     torch._dynamo.reset()

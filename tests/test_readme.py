@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 import shearling
 from shearling.cli import app
+from shearling.recipe import parse_recipe
 
 README = Path("README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (shearling .*?)(?:  #.*)?$", README, re.MULTILINE)
@@ -31,6 +33,14 @@ def test_the_readme_shows_commands_and_targets_that_exist() -> None:
     targets = re.findall(r"^    make (\w+)", README, re.MULTILINE)
     makefile = Path("Makefile").read_text(encoding="utf-8")
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_the_stages_it_shows_are_valid() -> None:
+    shown = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert shown
+    for stages in shown:
+        first = {"stage": "prune", "method": "cfsp", "sparsity": 0.2}
+        parse_recipe({"model": "smollm2-135m", "stages": [first, *yaml.safe_load(stages)]})
 
 
 def test_the_python_example_names_the_public_api() -> None:

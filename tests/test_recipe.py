@@ -182,3 +182,85 @@ def test_schema_names_every_method() -> None:
     text = str(schema())
     for method in ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", "lora", "full"):
         assert f"'{method}'" in text
+
+
+# --- domains
+
+WEB = {"text": "a", "validation": "b"}
+CODE = {"text": "c", "validation": "d", "weight": 3}
+
+
+def with_domains(**changes: object) -> dict[str, object]:
+    recover = {"stage": "recover", "method": "full", "domains": {"web": WEB, "code": CODE}, **changes}
+    return {**BASE, "stages": [BASE["stages"][0], recover]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"text": "x"}, "recover.text = 'x': leave it out; domains name texts of their own"),
+        ({"validation": "x"}, "recover.validation = 'x': leave it out; domains name validation texts of their own"),
+        ({"domains": {}}, "recover.domains = {}: needs a domain whose weight is above 0"),
+        ({"domains": {"web": {"weight": 1}}}, "recover.domains.web.text: is missing"),
+        ({"domains": {"web": "x"}}, "recover.domains.web = 'x': must be"),
+        ({"domains": {"web": {**WEB, "wight": 1}}}, "recover.domains.web.wight: unknown key; did you mean weight?"),
+        (
+            {"domains": {"web": {**WEB, "weight": -1}}},
+            "recover.domains.web.weight = -1: must be greater than or equal to 0",
+        ),
+        ({"domains": {"web": {**WEB, "weight": float("nan")}}}, "recover.domains.web.weight = nan: must be"),
+        ({"domains": {"web": {**WEB, "weight": 0}}}, "needs a domain whose weight is above 0"),
+        ({"domains": {"web": WEB, "code": {"text": "c"}}}, "domain 'code' has no validation text; all must have one"),
+        ({"validation_windows": 0}, "recover.validation_windows = 0: must be a number above 0, or auto"),
+        ({"validation_windows": "all"}, "recover.validation_windows = 'all': must be a number above 0, or auto"),
+        ({"domains": None, "loading": {"reference": "source"}}, "needs domains with a validation text each"),
+        (
+            {"domains": {"web": {"text": "a"}}, "loading": {"reference": "source"}},
+            "needs domains with a validation text",
+        ),
+        ({"domains": {"web": {"text": "a"}}, "keep": "best"}, "keep = 'best' needs a validation text"),
+        ({"loading": {}}, "recover.loading.reference: is missing"),
+        ({"loading": {"reference": "source", "flor": 0.1}}, "recover.loading.flor: unknown key; did you mean floor?"),
+        ({"loading": {"reference": "source", "floor": 0.6}}, "floor = 0.6; must be at most 1/2, or weights exceed 1"),
+        ({"loading": {"reference": "source", "eta": 0}}, "recover.loading.eta = 0: must be greater than 0"),
+        ({"loading": {"reference": {"web": 2}}}, "reference: misses the domain 'code'"),
+        (
+            {"loading": {"reference": {"web": 2, "code": 1, "c4": 2}}},
+            "reference: unknown domain 'c4'; must be one of web, code",
+        ),
+        ({"loading": {"reference": {"web": 2, "code": "low"}}}, "domain 'code': loss = 'low'; must be a finite number"),
+        ({"loading": {"reference": {"web": 2, "code": -1}}}, "domain 'code': loss = -1; must be a finite number"),
+        (
+            {"loading": {"reference": {"web": 2, "code": {7e9: 2}}}},
+            "domain 'code': 1 models; a scaling law needs at least 3",
+        ),
+        (
+            {"loading": {"reference": {"web": 2, "code": {0: 3, 1: 2, 2: 1}}}},
+            "domain 'code': parameters = 0; must be above 0",
+        ),
+        ({"loading": {"reference": 3}}, "recover.loading.reference = 3: must be a table of losses by domain"),
+    ],
+)
+def test_domains_that_do_not_fit_are_named(changes: dict[str, object], what: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(with_domains(**changes))
+    assert what in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_domains_that_fit(tmp_path: Path) -> None:
+    family = {"web": 2, "code": {"7e9": 2.0, 13e9: 1.9, 70e9: 1.7}}
+    for changes in (
+        {},
+        {"keep": "best", "validation_windows": "auto"},
+        {"loading": {"reference": "source", "clamp": False, "floor": 0.5}},
+        {"loading": {"reference": family}},
+    ):
+        recipe = parse_recipe(with_domains(**changes))
+        assert recipe.recover is not None and recipe.recover.text is None
+        again = tmp_path / "again.yaml"
+        again.write_text(recipe.dump())
+        assert load_recipe(again) == recipe
+    assert recipe.recover.loading is not None
+    assert recipe.recover.loading.reference == {"web": 2.0, "code": {7e9: 2.0, 13e9: 1.9, 70e9: 1.7}}
+    plain = parse_recipe(BASE).recover
+    assert plain is not None and plain.text == "stdlib:recovery"

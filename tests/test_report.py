@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from shearling.errors import ShearlingError
 from shearling.report import numbers, svg, write_report
-from shearling.report.plots import step_plot, width_plot
+from shearling.report.plots import domain_class, domain_plot, step_plot, width_plot
 
 SECTIONS = [
     *("headline", "quality", "sizes", "widths", "training", "cost"),
@@ -414,6 +414,33 @@ def test_repeated_steps_of_a_resumed_run_count_once(full_run: Path) -> None:
     events = [{"stage": "recover", "step": s, "loss": loss} for s, loss in [(1, 9), (2, 8), (2, 4)]]
     text = page_of(write_run(full_run, events=events)).texts["training"]
     assert "from 9.000 at step 1 to 4.000 at step 2, lowest 4.000" in text
+
+
+@pytest.mark.parametrize("num_domains", [1, 3, 17])
+def test_domains_have_a_line_each_and_a_legend(full_run: Path, num_domains: int) -> None:
+    names = [f"domain {HOSTILE} {number}" for number in range(num_domains)]
+    weights = [{f"weight/{name}": (number + step) / 100 for number, name in enumerate(names)} for step in range(9)]
+    events = [{**event, **weights[min(n, 8)]} for n, event in enumerate(events_of(9)[30:])]
+    for step in (4, 8):
+        excess = {f"excess_loss/{name}": math.nan if step == 8 else 0.25 for name in names}
+        events.append({"stage": "recover", "step": step, "validation_loss": 3.0, **excess})
+    page = page_of(write_run(full_run, events=events))
+    text = re.sub(r"\s+", " ", page.texts["training"])
+    assert "Weights of domains in stage recover." in text
+    assert "Losses of domains minus their references in stage recover." in text
+    assert f"{names[0]} from {numbers.significant(0.0)} to {numbers.significant(0.08)}" in text
+    items = [attributes["class"] for tag, attributes in page.elements if tag == "li" and "class" in attributes]
+    for number in range(num_domains):
+        assert items.count(f"line {domain_class(number)}") >= 2
+    assert "script" not in dict(page.elements)
+
+
+def test_lines_of_domains_are_told_apart() -> None:
+    assert len({domain_class(number) for number in range(16)}) == 16
+    plot = domain_plot("w", "recover", {"a": [(1.0, 0.5), (9.0, 0.25)], "b": [(1.0, 0.5), (5.0, None), (9.0, 0.75)]})
+    assert "Lines: weight, a from 0.5000 to 0.2500, b from 0.5000 to 0.7500." in plot
+    assert plot.count('class="curve domain-') == 2
+    Page(plot)
 
 
 def test_an_unfinished_last_event_is_left_out(full_run: Path) -> None:

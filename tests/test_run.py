@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shearling
-from shearling.data import corpus_tokens
+from shearling.data import corpus_tokens, pack
 from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
 from shearling.models import load_model, load_tokenizer
@@ -173,6 +173,74 @@ def test_recovery_layerwise_from_a_deeper_teacher(tmp_path: Path) -> None:
     assert len(steps) == 6 and steps[-1]["layerwise"] < steps[0]["layerwise"]
     for step in steps:
         assert step["loss"] == pytest.approx(step["cross_entropy"] + step["distillation"] + step["layerwise"], rel=1e-4)
+
+
+def with_domains(tmp_path: Path, **changes: Any) -> Recipe:
+    """The small recipe on prose, digits and packed prose of a domain each."""
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    (tmp_path / "digits.txt").write_text("".join(str(n) for n in range(700)))
+    if not (tmp_path / "shards").exists():
+        pack(tmp_path / "recovery.txt", load_tokenizer(str(tmp_path / "dense")), tmp_path / "shards")
+    prose, digits, shards = (str(tmp_path / name) for name in ("calibration.txt", "digits.txt", "shards"))
+    stage = content["stages"][1]
+    del stage["text"]
+    stage["domains"] = {
+        "prose": {"text": prose, "validation": str(tmp_path / "evaluation.txt"), "weight": 2},
+        "digits": {"text": digits, "validation": digits},
+        "packed": {"text": shards, "validation": shards},
+    }
+    stage.update({"validate_every": 2, "validation_windows": "auto", **changes})
+    return parse_recipe(content)
+
+
+def test_recovery_on_domains_by_what_the_source_model_reaches(tmp_path: Path) -> None:
+    recipe = with_domains(tmp_path, distill=0.5, loading={"reference": "source", "clamp": False, "floor": 0.05})
+    out = tmp_path / "out"
+    metrics = run(recipe, out)
+    assert metrics["recovered"]["perplexity"] < metrics["pruned"]["perplexity"]
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "loss" in event]
+    assert {name: steps[0][f"weight/{name}"] for name in ("prose", "digits", "packed")} == {
+        "prose": 0.5, "digits": 0.25, "packed": 0.25
+    }  # fmt: skip
+    scored = [event for event in events if "validation_loss" in event]
+    dense = load_model(str(tmp_path / "dense"))
+    digits = corpus_tokens(tmp_path / "digits.txt", load_tokenizer(str(tmp_path / "dense")))[:64].view(-1, 32)
+    # a twentieth of two passes over 2 x 4 windows is less than one window of each, and one there must be
+    with torch.no_grad():
+        own = dense(digits[:1], labels=digits[:1]).loss.item()
+    for event in scored:
+        assert event["excess_loss/digits"] == pytest.approx(event["validation_loss/digits"] - own, rel=1e-4)
+    recorded = json.loads((out / "state" / "recover.json").read_text())
+    assert recorded["weights"] != {"prose": 0.5, "digits": 0.25, "packed": 0.25}
+    assert sum(recorded["weights"].values()) == pytest.approx(1) and min(recorded["weights"].values()) >= 0.05
+    page = (out / "report.html").read_text()
+    assert "Weights of domains in stage recover." in page
+    assert "Losses of domains minus their references in stage recover." in page
+
+
+def test_references_from_a_file_are_extrapolated_and_doubted(tmp_path: Path) -> None:
+    table = tmp_path / "reference.json"
+    recipe = with_domains(tmp_path, validation_windows=2, loading={"reference": str(table)})
+    with pytest.raises(ShearlingError, match=r"reference\.json': cannot be read"):
+        run(recipe, tmp_path / "out")
+    for content, what in (
+        ("[", "is neither YAML nor JSON"),
+        ("[1]", "must be a table"),
+        ('{"prose": 1, "digits": 1}', "misses the domain 'packed'"),
+    ):
+        table.write_text(content)
+        with pytest.raises(ShearlingError, match=f"^reference .*{what}[^\n]*$"):
+            run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    family = {"1e6": 3.0, "1e7": 2.5, "1e8": 1.0}
+    table.write_text(json.dumps({"prose": 1.0, "digits": 2.0, "packed": family}))
+    run(recipe, tmp_path / "out")
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    doubts = [event["warning"] for event in events if event.get("step") == 0]
+    assert len(doubts) == 1 and doubts[0].startswith("scaling law of domain 'packed': b = 0.001 lies outside")
+    scored = [event for event in events if "validation_loss" in event]
+    assert scored[0]["excess_loss/prose"] == pytest.approx(scored[0]["validation_loss/prose"] - 1)
 
 
 def test_retraining_under_masks_that_follow(tmp_path: Path) -> None:

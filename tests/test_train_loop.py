@@ -22,8 +22,8 @@ from shearling.surgery import cut_
 from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, chunked_divergence, train
 from shearling.train.flops import forward_flops
 from shearling.train.head import blocks_of, hidden_states, output_head
-from shearling.train.loop import validation_loss
 from shearling.train.sampler import WindowSampler
+from shearling.train.validation import validation_loss
 from shearling.train.world import World
 from tests.tiny import FAMILIES, VOCAB, tiny_model, tiny_tokens
 

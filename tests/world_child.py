@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from shearling.anatomy import anatomy_of
+from shearling.data import Domains
 from shearling.methods.ast import ASTPolicy
+from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.ig_lora import LoRAPolicy
 from shearling.methods.spp import SPPPolicy
 from shearling.plan.patterns import Pattern
@@ -29,7 +31,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -64,7 +66,13 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
             on_event(event)
 
     windows, held_out = tiny_tokens(20, LENGTH, seed=5), tiny_tokens(5, LENGTH, seed=6)
-    result = train(model, windows, policies, SETTINGS, validation=held_out, state_dir=state, on_event=hear)
+    text: Any = windows
+    validation: Any = held_out
+    if kind == "domains":
+        text = Domains({"web": windows[:13], "code": windows[13:]}, {"web": 0.4, "code": 0.6})
+        validation = {"web": held_out[:3], "code": held_out[3:]}
+        policies = [DynamicLoading({"web": 5.0, "code": 3.0})]
+    result = train(model, text, policies, SETTINGS, validation=validation, state_dir=state, on_event=hear)
     # a stock model again
     model(windows[:1])
     copy.deepcopy(model)

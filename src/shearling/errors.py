@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -17,3 +18,14 @@ def unwritable(path: Path, error: Exception) -> ShearlingError:
     """The error for a place that cannot be written."""
     reason = getattr(error, "strerror", None) or error
     return ShearlingError(f"{path}: cannot be written ({reason}); free space or give another folder")
+
+
+def check_domains(what: str, named: Iterable[str], domains: Iterable[str]) -> None:
+    """Raise ShearlingError unless the names that ``what`` gives are those of the domains, all and no others."""
+    named, domains = list(named), list(domains)
+    for name in domains:
+        if name not in named:
+            raise ShearlingError(f"{what}: misses the domain {name!r}")
+    for name in named:
+        if name not in domains:
+            raise ShearlingError(f"{what}: unknown domain {name!r}; must be one of {', '.join(domains)}")

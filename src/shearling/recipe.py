@@ -21,9 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from shearling.errors import RecipeError
+from shearling.errors import RecipeError, check_domains
 
 STDLIB = "stdlib:"
+RECOVERY_TEXT = "stdlib:recovery"
+SOURCE = "source"
 UNSTRUCTURED = "unstructured"
 TOP_K = 64
 Tokens = Annotated[int, Field(ge=1)]
@@ -165,9 +167,73 @@ class Sparsify(_Strict):
 PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline, Field(discriminator="method")]
 
 
+class Domain(_Strict):
+    """A named corpus: text that is read, held-out text (its first windows) that is scored."""
+
+    text: str
+    validation: str | None = None
+    #: its share of what is read at first, over the sum of all weights
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class Loading(_Strict):
+    """Dynamic batch loading: at every validation domains gain by how far their loss lies above its reference."""
+
+    method: Literal["dynamic"] = "dynamic"
+    #: losses by domain (see ``reference_table``), a YAML or JSON file of them, or ``source``: those of the dense model
+    reference: str | dict[str, float | dict[float, float]]
+    #: weights grow by exp(eta * excess)
+    eta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    #: a domain that is better than its reference keeps its weight, as in the paper; off, it loses, as in its code
+    clamp: bool = True
+    #: share of the weights that is dealt out evenly
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    #: no domain has less
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _table(cls, value: Any) -> Any:
+        return value if isinstance(value, str) else reference_table(value)
+
+
+def reference_table(content: Any) -> dict[str, float | dict[float, float]]:
+    """Losses by domain, of plain values: a loss, or at least three of a model family by their numbers of parameters.
+
+    The latter are extrapolated to the size of the model that is trained. Raises ValueError for anything else.
+    """
+    if not isinstance(content, dict) or not content:
+        raise ValueError("must be a table of losses by domain, a file of one, or source")
+    return {str(name): _reference(f"domain {name!r}", entry) for name, entry in content.items()}
+
+
+def _reference(what: str, entry: Any) -> float | dict[float, float]:
+    if not isinstance(entry, dict):
+        return _number(f"{what}: loss", entry)
+    if len(entry) < 3:
+        raise ValueError(f"{what}: {len(entry)} models; a scaling law needs at least 3")
+    losses = {_number(f"{what}: parameters", size): _number(f"{what}: loss", loss) for size, loss in entry.items()}
+    if 0 in losses:
+        raise ValueError(f"{what}: parameters = 0; must be above 0")
+    return losses
+
+
+def _number(what: str, value: Any) -> float:
+    try:
+        # YAML takes 7e9 for a text
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{what} = {value!r}; must be a finite number, 0 or more")
+    return number
+
+
 class _Recover(_Strict):
     stage: Literal["recover"] = "recover"
-    text: str = "stdlib:recovery"
+    #: named corpora instead of one text, read by their weights
+    domains: dict[str, Domain] | None = None
+    text: Annotated[str | None, Field(validate_default=True)] = None
     tokens: Tokens = 1_000_000
     length: Annotated[int, Field(ge=2)] = 512
     batch: Tokens = 8
@@ -203,10 +269,67 @@ class _Recover(_Strict):
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
     #: held-out text (its first windows) that is scored every so many steps
     validation: str | None = None
-    validation_windows: Tokens = 32
+    #: of every domain; ``auto``: as many as take a twentieth of the time
+    validation_windows: int | Literal["auto"] = 32
     validate_every: Tokens = 50
     #: parameters that the stage ends with: the last, or those of the best validation
     keep: Literal["last", "best"] = "last"
+    #: how weights of domains change
+    loading: Loading | None = None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is held-out text, of one kind or of every domain."""
+        return self.validation is not None or any(d.validation is not None for d in (self.domains or {}).values())
+
+    @field_validator("domains")
+    @classmethod
+    def _mixed(cls, value: dict[str, Domain] | None) -> dict[str, Domain] | None:
+        if value is None:
+            return value
+        if not any(domain.weight for domain in value.values()):
+            raise ValueError("needs a domain whose weight is above 0")
+        silent = [name for name, domain in value.items() if domain.validation is None]
+        if silent and len(silent) < len(value):
+            raise ValueError(f"domain {silent[0]!r} has no validation text; all must have one, or none")
+        return value
+
+    @field_validator("text")
+    @classmethod
+    def _one_text(cls, value: str | None, found: ValidationInfo) -> str | None:
+        if found.data.get("domains") is None:
+            return RECOVERY_TEXT if value is None else value
+        if value is not None:
+            raise ValueError("leave it out; domains name texts of their own")
+        return None
+
+    @field_validator("validation")
+    @classmethod
+    def _one_validation(cls, value: str | None, found: ValidationInfo) -> str | None:
+        if value is not None and found.data.get("domains") is not None:
+            raise ValueError("leave it out; domains name validation texts of their own")
+        return value
+
+    @field_validator("validation_windows", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value > 0):
+            raise ValueError("must be a number above 0, or auto")
+        return value
+
+    @field_validator("loading")
+    @classmethod
+    def _loaded(cls, value: Loading | None, found: ValidationInfo) -> Loading | None:
+        domains = found.data.get("domains")
+        if value is None:
+            return value
+        if domains is None or any(domain.validation is None for domain in domains.values()):
+            raise ValueError("needs domains with a validation text each")
+        if isinstance(value.reference, dict):
+            check_domains("reference", value.reference, domains)
+        if value.floor * len(domains) > 1:
+            raise ValueError(f"floor = {value.floor:g}; must be at most 1/{len(domains)}, or weights exceed 1")
+        return value
 
     @field_validator("teacher", "teacher_dtype", "teacher_offload", "teacher_compile", "teacher_cache")
     @classmethod
@@ -254,7 +377,7 @@ class _Recover(_Strict):
 
     @model_validator(mode="after")
     def _chosen_by_validation(self) -> Self:
-        if self.keep == "best" and self.validation is None:
+        if self.keep == "best" and not self.validates:
             raise ValueError("keep = 'best' needs a validation text")
         return self
 
@@ -501,6 +624,10 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
     owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full, AST, SPP]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
+    if "domains" in tags:
+        return list(Domain.model_fields)
+    if "loading" in tags:
+        return list(Loading.model_fields)
     if "slorb" in tags:
         return list(SLoRB.model_fields)
     if "sparsify" in tags:

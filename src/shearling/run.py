@@ -13,12 +13,13 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.card import model_card, provenance, versions
-from shearling.data import PackedTokens, Windows, corpus_tokens, is_packed, windows
+from shearling.data import corpus_tokens, windows
 from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
 from shearling.events import OnEvent
 from shearling.export import save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
+from shearling.methods.corpora import dynamic_loading, given_references, training_windows, validation_windows
 from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
@@ -48,6 +49,9 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     """
     check_teacher(recipe)
     check_tracker(recipe)
+    if recipe.recover is not None:
+        # only to see whether its file is one
+        given_references(recipe.recover)
     world = join()
     if recipe.recover is not None and recipe.recover.batch % world.size:
         raise ShearlingError(f"recover.batch = {recipe.recover.batch}: must be a multiple of {world.size} processes")
@@ -172,6 +176,7 @@ class _Session:
                     "tokens": trained.tokens,
                     "skipped": trained.skipped,
                     "best_step": trained.best_step,
+                    "weights": trained.weights,
                 }
                 folder.finish("recover", {**content, **usage.to_json(), "seconds": trained.seconds})
                 results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
@@ -250,12 +255,8 @@ class _Session:
 
     def _recover(self, model: Any, outcome: Outcome, stage: RecoverStage) -> tuple[Any, TrainResult]:
         recipe, dense = self.recipe, self.dense[0]
-        text: Tensor | Windows
-        if is_packed(Path(stage.text)):
-            text = PackedTokens(Path(stage.text)).windows(stage.length)
-        else:
-            tokens = corpus_tokens(stage.text, self.dense[1], max_tokens=stage.tokens)
-            text = windows(tokens, None, stage.length, seed=recipe.seed)
+        text = training_windows(recipe, stage, self.dense[1])
+        held_out = validation_windows(stage, self.dense[1])
         settings = recovery_settings(recipe, stage)
         masks, norms = None, None
         if isinstance(stage, AST | SPP):
@@ -271,10 +272,9 @@ class _Session:
             if self.world.first:
                 self._event({"stage": "recover", "steps": settings.steps, **event})
 
-        held_out = None
-        if stage.validation is not None:
-            wanted = stage.validation_windows * stage.length
-            held_out = windows(corpus_tokens(stage.validation, self.dense[1], max_tokens=wanted), None, stage.length)
+        if stage.loading is not None:
+            assert isinstance(held_out, dict), "recipes have validation texts for it"
+            policies.append(dynamic_loading(stage, stage.loading, model, dense, held_out, settings, tell))
         state = self.folder.state / "train"
         with teaching(recipe, stage, model, dense, text, self._say) as followed:
             policies += followed

@@ -1,11 +1,13 @@
 """Text in, windows of tokens out."""
 
+from shearling.data.domains import Domains
 from shearling.data.sampled import sampled_windows
 from shearling.data.shards import PackedTokens, PackedWindows, is_packed, pack
 from shearling.data.text import corpus_tokens, read_texts
 from shearling.data.windows import MemoryWindows, Windows, tokens_digest, windows
 
 __all__ = [
+    "Domains",
     "MemoryWindows",
     "PackedTokens",
     "PackedWindows",

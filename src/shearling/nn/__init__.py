@@ -1,7 +1,6 @@
 """Linears in training: master weight -> weight transforms -> product, plus additive branches."""
 
 from shearling.nn.branches import Branch, LoRABranch, LowRankBranch
-from shearling.nn.joint import joint_products
 from shearling.nn.linear import EffectiveLinear, is_linear, plain_state, unwrap_, wrap_, wrapped_linears
 from shearling.nn.transforms import (
     FakeQuantTransform,
@@ -22,7 +21,6 @@ __all__ = [
     "SoftThreshold",
     "StraightMask",
     "is_linear",
-    "joint_products",
     "plain_state",
     "unwrap_",
     "wrap_",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from shearling.report import svg
@@ -16,6 +16,8 @@ RIGHT = WIDTH - 44.0
 TOP = 30.0
 MOST_POINTS = 400
 SMOOTH_FRACTION = 0.05
+#: that the style sheet has for lines of domains
+COLOURS = 8
 
 
 def width_plot(
@@ -94,30 +96,56 @@ def step_plot(name: str, stage: str, points: Points, what: str = "loss", *, heig
     `points` holds (step, value) in ascending steps, None where the value was not finite.
     """
     points = _thinned(points)
-    bottom = height - 44
     known = [loss for _, loss in points if loss is not None]
-    ticks = svg.nice_ticks(min(known), max(known))
-    steps = svg.nice_ticks(points[0][0], points[-1][0], 6, whole=True)
     first, last = points[0][0], points[-1][0]
+    lines = [(points, "curve raw"), (_smoothed(points), "curve after")]
+    description = (
+        f"Line: {what} from {significant(known[0])} at step {count(first)} "
+        f"to {significant(known[-1])} at step {count(last)}, lowest {significant(min(known))}."
+    )
+    return _steps(name, stage, what, description, lines, height)
+
+
+def domain_plot(
+    name: str, stage: str, domains: Mapping[str, Points], what: str = "weight", *, height: float = 280.0
+) -> str:
+    """A quantity of every domain over the steps, a line each; `domains` holds points as `step_plot` has them."""
+    thinned = [_thinned(points) for points in domains.values()]
+    ends = [[value for _, value in points if value is not None] for points in thinned]
+    told = [
+        f"{domain} from {significant(values[0])} to {significant(values[-1])}"
+        for domain, values in zip(domains, ends, strict=True)
+    ]
+    lines = [(points, f"curve {domain_class(number)}") for number, points in enumerate(thinned)]
+    return _steps(name, stage, what, f"Lines: {what}, {', '.join(told)}.", lines, height)
+
+
+def domain_class(number: int) -> str:
+    """What a domain's line is in the style sheet: its colour, and dashes where all colours are taken."""
+    return f"domain-{number % COLOURS}" + " dashed" * (number // COLOURS % 2)
+
+
+def _steps(
+    name: str, stage: str, what: str, description: str, lines: Sequence[tuple[Points, str]], height: float
+) -> str:
+    """Lines over the steps, each with its class, in one frame."""
+    bottom = height - 44
+    known = [value for points, _ in lines for _, value in points if value is not None]
+    first, last = min(points[0][0] for points, _ in lines), max(points[-1][0] for points, _ in lines)
+    ticks = svg.nice_ticks(min(known), max(known))
+    steps = svg.nice_ticks(first, last, 6, whole=True)
     margin = 0.5 if first == last else 0.0
     across = svg.Scale(first - margin, last + margin, LEFT, RIGHT)
     up = svg.Scale(ticks[0], ticks[-1], bottom, TOP)
-
-    def placed(series: Points) -> list[tuple[float, float] | None]:
-        return [None if loss is None else (across(step), up(loss)) for step, loss in series]
-
     body = [
         svg.text(0, 14, what, "label", "start"),
         svg.axis_left(ticks, up, LEFT, RIGHT),
         svg.axis_bottom(steps, across, bottom),
         svg.text((LEFT + RIGHT) / 2, height - 6, "step", "label"),
-        svg.line(placed(points), "curve raw"),
-        svg.line(placed(_smoothed(points)), "curve after"),
     ]
-    description = (
-        f"Line: {what} from {significant(known[0])} at step {count(first)} "
-        f"to {significant(known[-1])} at step {count(last)}, lowest {significant(min(known))}."
-    )
+    for points, css in lines:
+        placed = [None if value is None else (across(step), up(value)) for step, value in points]
+        body.append(svg.line(placed, css))
     return svg.picture(name, f"{what.capitalize()} of stage {stage}", description, (WIDTH, height), *body)
 
 

@@ -37,6 +37,11 @@ QUANTITIES = {
     "decay": "decay of masked weights",
     "learning_rate": "learning rate",
 }
+#: what is drawn of training for every domain, by the part of its names in the events that comes before the domain's
+DOMAIN_QUANTITIES = {
+    "weight": "weights of domains",
+    "excess_loss": "losses of domains minus their references",
+}
 
 Section = dict[str, Any]
 
@@ -227,8 +232,31 @@ def training(run: RunFiles) -> list[Section]:
                     _training_caption(stage, events) if key == "loss" else f"{what.capitalize()} of stage {stage}."
                 )
                 plot = Markup(plots.step_plot(f"{key.replace('_', '-')}-{number}", stage, points, what))
-                curves.append({"stage": stage, "plot": plot, "caption": caption})
+                legend = [("raw", f"logged {what}"), ("mean", "running mean")]
+                curves.append({"stage": stage, "what": what, "plot": plot, "legend": legend, "caption": caption})
+        for key, what in DOMAIN_QUANTITIES.items():
+            domains = _of_domains(by_step, key)
+            if domains:
+                plot = Markup(plots.domain_plot(f"{key.replace('_', '-')}-{number}", stage, domains, what))
+                legend = [(plots.domain_class(place), domain) for place, domain in enumerate(domains)]
+                caption = f"{what.capitalize()} in stage {stage}."
+                curves.append({"stage": stage, "what": what, "plot": plot, "legend": legend, "caption": caption})
     return curves
+
+
+def _of_domains(by_step: dict[float, Record], key: str) -> dict[str, plots.Points]:
+    """The points of every domain of which events tell the quantity at two steps or more."""
+    found: dict[str, list[tuple[float, float | None]]] = {}
+    for step, event in sorted(by_step.items(), key=lambda pair: pair[0]):
+        for name, value in event.items():
+            quantity, slash, domain = name.partition("/")
+            if quantity == key and slash:
+                found.setdefault(domain, []).append((step, finite(value)))
+    return {
+        domain: points
+        for domain, points in found.items()
+        if len(points) > 1 and any(value is not None for _, value in points)
+    }
 
 
 def _training_caption(stage: str, events: list[Record]) -> str:

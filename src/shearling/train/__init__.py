@@ -12,6 +12,7 @@ from shearling.train.progress import TrainProgress
 from shearling.train.settings import TrainSettings
 from shearling.train.teachers import Teacher, in_dtype
 from shearling.train.topk import chunked_topk_divergence
+from shearling.train.validation import affordable_windows, validation_loss
 from shearling.train.world import World, join
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TrainResult",
     "TrainSettings",
     "World",
+    "affordable_windows",
     "cache_teacher",
     "chunked_cross_entropy",
     "chunked_divergence",
@@ -37,4 +39,5 @@ __all__ = [
     "join",
     "offloaded",
     "train",
+    "validation_loss",
 ]

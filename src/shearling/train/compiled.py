@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from shearling.anatomy import anatomy_of
-from shearling.nn import joint_products
 from shearling.train.head import blocks_of
 
 
@@ -17,16 +15,12 @@ from shearling.train.head import blocks_of
 def compiled(model: Any) -> Iterator[None]:
     """Within, every block of a causal language model runs compiled; blocks of one shape share their code.
 
-    Linears of a block that read the same states become one product. Not for a model that is ``offloaded``.
+    Not for a model that is ``offloaded``.
     """
-    blocks, family = blocks_of(model), anatomy_of(model.config).family
-    alike = [
-        [b.get_submodule(n) for n in names] for b in blocks for names in (family.attention_inputs, family.ffn_inputs)
-    ]
+    blocks = blocks_of(model)
     # every width is a variant of one piece of code, in training, in evaluation, and for a last, smaller batch
     variants = 4 * len(blocks) + 8
-    limits = torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants)
-    with limits, joint_products(alike):
+    with torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants):
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearling.data import MemoryWindows, Windows
+from shearling.data import Domains, MemoryWindows, Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.train.checkpoint import Checkpoints
 from shearling.train.compiled import compiled
 from shearling.train.events import Clock
 from shearling.train.flops import forward_flops, peak_flops
-from shearling.train.gradients import Gradients, autocast, compute_type, next_tokens
-from shearling.train.head import hidden_states, narrow_stream, output_head
-from shearling.train.loss import IGNORE, chunked_cross_entropy
+from shearling.train.gradients import Gradients, compute_type, next_tokens
+from shearling.train.head import narrow_stream, output_head
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy, StepContext
 from shearling.train.recompute import recomputed
 from shearling.train.resume import Counters, Run
-from shearling.train.sampler import WindowSampler, derived_seed
+from shearling.train.sampler import MixtureSampler, WindowSampler, derived_seed
 from shearling.train.settings import TrainSettings
-from shearling.train.shard import Sharding, within
+from shearling.train.shard import Sharding
 from shearling.train.signals import StopSignals
-from shearling.train.world import World, average_whole_, clip_, join, total_norm
+from shearling.train.validation import Validation, validation_losses, validation_parts
+from shearling.train.world import average_whole_, clip_, join, total_norm
 
 #: steps without a finite loss and gradient, in a row, after which training is given up
 MAX_SKIPPED = 5
@@ -43,7 +43,8 @@ class TrainResult:
 
     ``losses`` has the total loss of every step, NaN or infinite where it was ``skipped``; ``stopped`` says that a
     signal ended the run before its budget; ``edits`` are what the policies' ``finalize`` returned, in order;
-    ``best_step`` is the step whose parameters the model has where the best ones were to be kept.
+    ``best_step`` is the step whose parameters the model has where the best ones were to be kept; ``weights`` are those
+    of the domains at the end, with which another run may go on.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class TrainResult:
     skipped: int = 0
     edits: tuple[Any, ...] = field(default=(), repr=False)
     best_step: int | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -62,18 +64,20 @@ def train(
     policies: Sequence[Policy],
     settings: TrainSettings,
     *,
-    validation: Tensor | None = None,
+    validation: Validation | None = None,
     state_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> TrainResult:
     """Train a causal language model on windows [n, T] of token ids (``T = settings.length``), in place.
 
-    Windows are a tensor, or ``PackedWindows`` that stay on disk.
+    Windows are a tensor, ``PackedWindows`` that stay on disk, or ``Domains``, which are drawn by weights.
 
     ``model`` is a transformers causal language model; policies (see ``Policy``) add losses, parameters and actions.
-    ``validation`` [m, T] is scored every ``validate_every`` steps and at the end. With ``state_dir``, checkpoints go
-    there, and a folder that holds one is resumed: the result is then, to the bit, that of a run never interrupted
-    (same torch, device and thread count), given the same model and arguments. The last checkpoint is left there.
+    ``validation`` [m, T] is scored every ``validate_every`` steps and at the end; where domains have theirs, the mean
+    over them counts, and policies may then change the weights by which windows are drawn. With ``state_dir``,
+    checkpoints go there, and a folder that holds one is resumed: the result is then, to the bit, that of a run never
+    interrupted (same torch, device and thread count), given the same model and arguments. The last checkpoint is left
+    there.
 
     Under ``torchrun`` all processes call this alike, with the same arguments: each reads its part of every batch, and
     parameters are shared out by FSDP2 until the end, when every process has the whole model.
@@ -90,10 +94,13 @@ def train(
     vocab = output_head(model).weight.shape[0]
     text: Windows = MemoryWindows(windows) if isinstance(windows, Tensor) else windows
     _check_windows("windows", text, settings, vocab)
-    if validation is not None:
-        _check_windows("validation", MemoryWindows(validation), settings, vocab)
+    for name, part in validation_parts(validation).items():
+        _check_windows(name.replace("_loss", "", 1), MemoryWindows(part), settings, vocab)
     if settings.keep == "best" and validation is None:
         raise ShearlingError("keep='best': needs validation windows to choose by")
+    domains = text.names if isinstance(text, Domains) else ()
+    for policy in policies:
+        policy.check_domains(domains, tuple(validation) if isinstance(validation, Mapping) else ())
     world = join()
     if settings.batch % world.size:
         raise ShearlingError(f"batch={settings.batch}: must be a multiple of the {world.size} processes")
@@ -110,7 +117,8 @@ def train(
                 policy.attach(model, settings)
             sharding = Sharding(model, world, compute_type(device, settings))
             optimizers = build_optimizers(model, policies, settings)
-            sampler = WindowSampler(len(text), settings.seed)
+            mixed = isinstance(text, Domains)
+            sampler = MixtureSampler(text, settings.seed) if mixed else WindowSampler(len(text), settings.seed)
             background = device.type == "cuda"
             checkpoints = None if state_dir is None else Checkpoints(state_dir, world, background=background)
             run = Run(model, optimizers, sampler, tuple(policies), settings, text, checkpoints, world)
@@ -135,11 +143,12 @@ def train(
                         f"lower the learning rate (now {settings.learning_rate:g}) or use a wider dtype"
                     )
                 if validation is not None and (last or _due(counters.step, settings.validate_every)):
-                    loss = validation_loss(model, validation, settings, world)
+                    metrics = validation_losses(model, validation, settings, world)
                     for policy in policies:
-                        policy.on_eval({"validation_loss": loss})
-                    emit({"step": counters.step, "validation_loss": loss})
-                    run.validated(counters, loss)
+                        policy.on_eval(metrics)
+                        sampler.weights = policy.reweight(sampler.weights, metrics)
+                    emit({"step": counters.step, **metrics})
+                    run.validated(counters, metrics["validation_loss"])
                 # only now, since events may take long and a signal may come to one process alone
                 stopping = world.any(signals.stopped)
                 if last or stopping or _due(counters.step, settings.checkpoint_every):
@@ -166,6 +175,7 @@ def train(
         counters.skipped,
         edits,
         counters.best_step,
+        sampler.weights,
     )
 
 
@@ -177,39 +187,14 @@ def _flops_per_token(run: Run, forward: float) -> float:
     return (2 + trained) * forward + own
 
 
-@torch.no_grad()
-def validation_loss(model: Any, windows: Tensor, settings: TrainSettings, world: World) -> float:
-    """Mean next-token loss (nats) over windows [m, T], in evaluation mode; the training mode is put back."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    # all processes make equally many forward passes, those that have run out of windows over the last one again
-    own = range(world.rank, len(windows), world.size)
-    padded = list(own) + [len(windows) - 1] * (-(-len(windows) // world.size) - len(own))
-    for start in range(0, len(padded), settings.micro_batch):
-        rows = padded[start : start + settings.micro_batch]
-        counted = min(len(rows), max(0, len(own) - start))
-        ids = windows[rows].to(device).long()
-
-        def score(ids: Tensor = ids, counted: int = counted) -> Tensor:
-            with autocast(device, settings):
-                weight, bias, softcap = output_head(model)
-                labels = next_tokens(ids)
-                labels[counted:] = IGNORE
-                return chunked_cross_entropy(hidden_states(model, ids), weight, labels, softcap, bias=bias)
-
-        total += within(model, score) * counted
-    model.train(training)
-    return float(world.sum_(total)) / len(windows)
-
-
 def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.device, emit: OnEvent) -> dict[str, Any]:
     """One optimizer step; returns its event without the running quantities."""
     settings, optimizers, policies = run.settings, run.optimizers, run.policies
     step = counters.step
     rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", step))
     indices = run.world.share(run.sampler.take(settings.batch))
+    for notice in run.sampler.notices:
+        emit({"step": step + 1, "warning": notice})
     ids = run.windows[indices].to(device).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
@@ -235,7 +220,7 @@ def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.devi
     optimizers.step()
     for policy in policies:
         policy.after_step(ctx)
-    return {**event, "grad_norm": norm_value, **ctx.metrics}
+    return {**event, "grad_norm": norm_value, **run.sampler.metrics(), **ctx.metrics}
 
 
 def _loss(

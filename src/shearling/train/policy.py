@@ -41,8 +41,8 @@ class StepContext:
 class Policy:
     """A method's part in training; every hook does nothing unless overridden.
 
-    Policies are called in their order in the list. Once: ``attach`` of all, ``param_groups`` and ``optimizer`` of
-    all, ``load_state_dict`` if a run is resumed. Then every step:
+    Policies are called in their order in the list. Once: ``check_domains`` of all, ``attach`` of all, ``param_groups``
+    and ``optimizer`` of all, ``load_state_dict`` if a run is resumed. Then every step:
 
         begin_step                  before anything is computed
         loss_terms                  for each micro-batch, after the forward pass
@@ -50,11 +50,17 @@ class Policy:
         after_backward              gradients of the whole batch are complete
         (the loop's optimizer, then the policies' own)
         after_step                  weights are new
-        on_eval                     only where validation is due
+        on_eval, reweight           only where validation is due
         state_dict                  only where a checkpoint is due
 
     and at the end ``finalize``, also of a run that a signal stopped.
     """
+
+    def check_domains(self, domains: Sequence[str], validated: Sequence[str]) -> None:
+        """Raise ShearlingError where the policy cannot train on these domains, or not with those that are validated.
+
+        Both are names, and none where windows or validation are of one text; nothing is changed yet.
+        """
 
     def attach(self, model: nn.Module, settings: TrainSettings) -> None:
         """Change the model for training (wrap linears, add buffers); torch's global generator is seeded.
@@ -104,7 +110,17 @@ class Policy:
         """Act on the new weights (refresh masks, project)."""
 
     def on_eval(self, metrics: dict[str, float]) -> None:
-        """Read validation metrics (``validation_loss``)."""
+        """Read validation metrics: ``validation_loss``, and of domains each one's ``validation_loss/<domain>``.
+
+        What a policy writes into them goes into the event.
+        """
+
+    def reweight(self, weights: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
+        """Weights by which domains are drawn from the next step on, given the present ones and validation metrics.
+
+        The sampler keeps and saves them. Without domains there are none.
+        """
+        return weights
 
     def finalize(self) -> Sequence[Edit]:
         """End training on the model, which becomes stock again, and return the edits that say what was done to it."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearling.data import Windows
+from shearling.data import Domains, Windows
 from shearling.errors import ShearlingError
 from shearling.train.checkpoint import Checkpoints, Place
 from shearling.train.optimizers import Optimizers
 from shearling.train.policy import Policy
-from shearling.train.sampler import WindowSampler
+from shearling.train.sampler import MixtureSampler, WindowSampler
 from shearling.train.settings import TrainSettings
 from shearling.train.world import World
 
@@ -47,7 +47,7 @@ class Run:
 
     model: Any
     optimizers: Optimizers
-    sampler: WindowSampler
+    sampler: WindowSampler | MixtureSampler
     policies: tuple[Policy, ...]
     settings: TrainSettings
     windows: Windows
@@ -140,6 +140,7 @@ class Run:
             "policies": ", ".join(type(policy).__name__ for policy in self.policies),
             "trained tensors": hashlib.sha256(repr(shapes).encode()).hexdigest(),
             "windows": self.windows.digest(),
+            **({"domains": str(self.windows.weights)} if isinstance(self.windows, Domains) else {}),
         }
 
     def _check(self, folder: Path, saved: dict[str, Any]) -> None:

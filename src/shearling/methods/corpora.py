@@ -1,0 +1,100 @@
+"""From a recipe's recovery to the windows that it reads and is scored on, and the policy that mixes its domains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from shearling.data import Domains, PackedTokens, Windows, corpus_tokens, is_packed, windows
+from shearling.errors import ShearlingError, check_domains
+from shearling.events import OnEvent
+from shearling.methods.dynamic_loading import DynamicLoading
+from shearling.methods.reference_losses import reference_losses, source_losses
+from shearling.recipe import SOURCE, Loading, LoRA, Recipe, RecoverStage, reference_table
+from shearling.train import Policy, TrainSettings, affordable_windows, join
+
+
+def training_windows(recipe: Recipe, stage: RecoverStage, tokenizer: Any) -> Tensor | Windows:
+    """What a recovery reads: a text's windows, those of a packed corpus, or the windows of all domains."""
+
+    def read(source: str) -> Tensor | Windows:
+        if is_packed(Path(source)):
+            return PackedTokens(Path(source)).windows(stage.length)
+        return windows(corpus_tokens(source, tokenizer, max_tokens=stage.tokens), None, stage.length, seed=recipe.seed)
+
+    if stage.domains is None:
+        assert stage.text is not None
+        return read(stage.text)
+    weights = {name: domain.weight for name, domain in stage.domains.items()}
+    return Domains({name: read(domain.text) for name, domain in stage.domains.items()}, weights)
+
+
+def validation_windows(stage: RecoverStage, tokenizer: Any) -> Tensor | dict[str, Tensor] | None:
+    """What a recovery is scored on: the first windows of its held-out text, or of every domain's."""
+    wanted = stage.validation_windows
+    if wanted == "auto":
+        trained = 0.0 if isinstance(stage, LoRA) else 1.0
+        parts = 1 if stage.domains is None else len(stage.domains)
+        wanted = affordable_windows(stage.batch, stage.validate_every, parts, trained=trained)
+
+    def read(source: str) -> Tensor:
+        if is_packed(Path(source)):
+            packed = PackedTokens(Path(source)).windows(stage.length)
+            return packed[torch.arange(min(wanted, len(packed)))]
+        return windows(corpus_tokens(source, tokenizer, max_tokens=wanted * stage.length), None, stage.length)
+
+    if stage.domains is None:
+        return None if stage.validation is None else read(stage.validation)
+    found = {name: domain.validation for name, domain in stage.domains.items()}
+    return {name: read(source) for name, source in found.items() if source is not None} or None
+
+
+def given_references(stage: RecoverStage) -> dict[str, float | dict[float, float]] | None:
+    """The table of references that a recovery names or has in a file, None where it has none.
+
+    Raises ShearlingError for a file that cannot be read, is no such table, or has other domains.
+    """
+    if stage.loading is None or stage.domains is None or stage.loading.reference == SOURCE:
+        return None
+    given = stage.loading.reference
+    if isinstance(given, dict):
+        return given
+    try:
+        table = reference_table(yaml.safe_load(Path(given).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ShearlingError(f"reference {given!r}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ShearlingError(f"reference {given!r}: is neither YAML nor JSON") from error
+    except ValueError as error:
+        raise ShearlingError(f"reference {given!r}: {error}") from error
+    check_domains(f"reference {given!r}", table, stage.domains)
+    return table
+
+
+def dynamic_loading(
+    stage: RecoverStage,
+    loading: Loading,
+    model: Any,
+    dense: Any,
+    validation: Mapping[str, Tensor],
+    settings: TrainSettings,
+    on_event: OnEvent,
+) -> Policy:
+    """The policy that moves the weights of a recovery's domains, towards its references or those of ``dense``.
+
+    What is to doubt about extrapolated ones goes to ``on_event`` as warnings.
+    """
+    table = given_references(stage)
+    if table is None:
+        reference, doubts = source_losses(dense, validation, settings, join()), []
+    else:
+        reference, doubts = reference_losses(table, sum(p.numel() for p in model.parameters()))
+    for doubt in doubts:
+        on_event({"step": 0, "warning": doubt})
+    options = loading.model_dump(exclude={"method", "reference"})
+    return DynamicLoading(reference, **options)
