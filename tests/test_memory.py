@@ -19,7 +19,8 @@ from shearling.methods.spp import SPPPolicy
 from shearling.methods.stages import preview_recipe
 from shearling.models import empty_model
 from shearling.recipe import load_recipe
-from shearling.train import Distillation, TrainSettings, train
+from shearling.train import Distillation, TrainSettings, compiled, train
+from shearling.train.head import hidden_states, narrow_stream
 from shearling.train.memory import training_memory
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -85,6 +86,31 @@ def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind:
     with living:
         train(model, tiny_tokens(24, LENGTH, seed=5), [*policies(), Distillation(teacher)], settings)
     assert expected.peak == pytest.approx(living.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_what_compiled_blocks_keep(compute: torch.dtype | None) -> None:
+    model = tiny_model("llama", **SIZES["llama"]).train()
+    settings = TrainSettings(tokens=1, length=LENGTH, batch=2, micro_batch=2, learning_rate=1e-4, compile=True)
+    kept: dict[int, torch.UntypedStorage] = {
+        p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()
+    }
+    own = set(kept)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    products = torch.autocast("cpu", torch.bfloat16, enabled=compute is not None)
+    with compiled(model), narrow_stream(model, compute), products, hooks:
+        states = hidden_states(model, tiny_tokens(2, LENGTH))
+    found = sum(storage.nbytes() for storage in kept.values())
+    del states
+    expected = training_memory(model, settings, compute=compute)
+    eager = training_memory(model, dataclasses.replace(settings, compile=False), compute=compute)
+    assert expected.activations == pytest.approx(found, rel=0.1) and found < 0.9 * eager.activations
 
 
 def test_a_large_model_is_estimated_from_its_config() -> None:

@@ -18,6 +18,7 @@ from shearling.train import (
     chunked_cross_entropy,
     train,
 )
+from shearling.train.memory import training_memory
 from tests.tiny import tiny_model, tiny_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -130,3 +131,23 @@ def test_chunked_cross_entropy_under_autocast():
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
     for got, want in zip((hidden, weight), rounded, strict=True):
         assert (got.grad.double() - want.grad).norm() < 2e-2 * want.grad.norm()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"compile": True}, {"compile": True, "capture": True}, {"recompute": True}],
+    ids=["eager", "compiled", "captured", "recomputed"],
+)  # fmt: skip
+def test_memory_is_estimated_within_15_percent(changes):
+    # of SmolLM2-135M's size
+    sizes = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model, teacher = tiny_model("llama", **sizes).cuda(), tiny_model("llama", seed=1, **sizes).cuda().bfloat16()
+    settings = TrainSettings(
+        tokens=6 * 16 * 1024, length=1024, batch=16, micro_batch=8, learning_rate=1e-5, cross_entropy=0.0, **changes
+    )
+    expected = training_memory(model, settings, compute=torch.bfloat16, teacher=teacher)
+    torch.cuda.reset_peak_memory_stats()
+    train(model, tiny_tokens(96, 1024), [Distillation(teacher)], settings)
+    assert expected.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

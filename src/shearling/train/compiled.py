@@ -12,17 +12,17 @@ from shearling.train.head import blocks_of
 
 
 @contextmanager
-def compiled(model: Any) -> Iterator[None]:
+def compiled(model: Any, backend: str = "inductor") -> Iterator[None]:
     """Within, every block of a causal language model runs compiled; blocks of one shape share their code.
 
-    Not for a model that is ``offloaded``.
+    ``backend`` is torch.compile's. Not for a model that is ``offloaded``.
     """
     blocks = blocks_of(model)
     # every width is a variant of one piece of code, in training, in evaluation, and for a last, smaller batch
     variants = 4 * len(blocks) + 8
     with torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants):
         for block in blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
         try:
             yield
         finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shearling.anatomy import anatomy_of
+from shearling.train.compiled import compiled
 from shearling.train.head import hidden_states, narrow_stream, output_head
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy
@@ -19,6 +21,8 @@ from shearling.train.recompute import recomputed
 from shearling.train.settings import TrainSettings
 from shearling.train.teachers import copied
 
+#: divides a compiled block as Inductor does into what is kept and what is computed again, and generates no code
+_PARTITION = "aot_eager_decomp_partition"
 #: float32 arrays over a chunk's vocabulary that a loss in plain PyTorch has at a time, with and without a teacher
 _ARRAYS = {False: 4, True: 7}
 
@@ -60,8 +64,8 @@ def training_memory(
     """Memory of the training loop on ``model``, which may be on meta and stays as it is.
 
     ``compute`` is the type of products, None the weights' own; ``chunk`` the tokens whose logits exist at a time;
-    ``beside`` the bytes of what else lies on the device. The forward pass is carried out on tensors without content,
-    eagerly: compiled blocks keep less. ``policies`` are attached to a copy, and are used up.
+    ``beside`` the bytes of what else lies on the device. The forward pass is carried out on tensors without content.
+    ``policies`` are attached to a copy, and are used up.
     """
     anatomy = anatomy_of(model.config)
     itemsize = (compute or torch.float32).itemsize
@@ -75,9 +79,7 @@ def training_memory(
         trained = build_optimizers(empty, policies, settings).parameters
         activations, block = _kept(empty, settings, compute), 0
         if settings.recompute:
-            everything = activations
-            with recomputed(empty):
-                activations = _kept(empty, settings, compute)
+            everything = _kept(empty, dataclasses.replace(settings, recompute=False), compute)
             block = (everything - activations) // anatomy.num_layers
         head = output_head(empty).weight
         learned = any(parameter is head for parameter in trained)
@@ -127,8 +129,15 @@ def _kept(model: Any, settings: TrainSettings, compute: torch.dtype | None) -> i
         return tensor
 
     ids = torch.zeros(settings.micro_batch, settings.length, dtype=torch.int64)
-    products = nullcontext() if compute is None else torch.autocast("cpu", dtype=compute)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products, narrow_stream(model, compute):
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        if compute is not None:
+            stack.enter_context(torch.autocast("cpu", dtype=compute))
+        stack.enter_context(narrow_stream(model, compute))
+        if settings.compile:
+            stack.enter_context(compiled(model, _PARTITION))
+        if settings.recompute:
+            stack.enter_context(recomputed(model))
         states = hidden_states(model, ids)
     del states
     return sum(kept.values())
