@@ -92,14 +92,13 @@ def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind:
 def test_what_compiled_blocks_keep(compute: torch.dtype | None) -> None:
     model = tiny_model("llama", **SIZES["llama"]).train()
     settings = TrainSettings(tokens=1, length=LENGTH, batch=2, micro_batch=2, learning_rate=1e-4, compile=True)
-    kept: dict[int, torch.UntypedStorage] = {
-        p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()
-    }
-    own = set(kept)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
