@@ -27,7 +27,7 @@ from shearling.methods.masks import pattern_of, plan_masks
 from shearling.methods.slorb import overhead
 from shearling.methods.spp import SPPPolicy
 from shearling.models import load_model, load_tokenizer
-from shearling.plan import Adapters, Delta, Outcome
+from shearling.plan import Adapters, Outcome
 from shearling.recipe import AST, SPP, Reconstruct, SLoRB, Sparsify
 from shearling.surgery import attach_adapters_, cut_
 from shearling.train import Distillation, Policy, TrainSettings, compiled, train
@@ -127,8 +127,7 @@ class Bench:
         masks = masks_of(outcome.edits)
         if isinstance(variant.settings, SPP):
             return model, [SPPPolicy(anatomy_of(model.config), variant.settings.rank, variant.settings.scale, masks)]
-        if not any(isinstance(edit, Delta) for edit in outcome.edits):
-            unmask_(model, self.dense, masks)
+        unmask_(model, self.dense, outcome.edits)
         pattern = pattern_of(Sparsify())
         return model, [ASTPolicy(anatomy_of(model.config), pattern, variant.settings, masks, self.norms)]
 
@@ -157,8 +156,9 @@ class Bench:
             "peak_bytes": torch.cuda.max_memory_allocated() if self.gpu else None,
         }
         for policy in policies:
-            if isinstance(policy, ASTPolicy) and policy.flips:
-                row |= {"flips": policy.flips[-1][1], "away": policy.flips[-1][2]}
+            if isinstance(policy, ASTPolicy) and policy.refreshes:
+                last = policy.refreshes[-1]
+                row |= {"flips": last.flip_rate, "away": last.flips_from_start}
         for edit in result.edits:
             if isinstance(edit, Adapters):
                 attach_adapters_(model, edit)

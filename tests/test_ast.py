@@ -194,7 +194,7 @@ def test_training_ends_in_a_stock_model_with_exact_zeros(family, changes, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(tiny_tokens(2, LENGTH)).logits, seen["logits"], rtol=1e-5, atol=1e-5)
-    refreshes = [step for step, _, _ in policy.flips]
+    refreshes = [refresh.step for refresh in policy.refreshes]
     assert refreshes == (
         [] if "refresh_every" in changes else [2, 4, 6] if "freeze" in changes else [2, 4, 6, 8, 10, 12]
     )
@@ -203,7 +203,7 @@ def test_training_ends_in_a_stock_model_with_exact_zeros(family, changes, tmp_pa
 def test_masks_and_flip_rates_follow_the_weights():
     """Weights are set from outside: the mask is that of topk, and the rates are counted by hand."""
     model = tiny_model("llama")
-    policy = ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(refresh_every=1, decay=0))
+    policy = ASTPolicy(anatomy_of(model.config), TWO_OF_FOUR, own(refresh_every=1, decay=0.01))
     generator = torch.Generator().manual_seed(1)
     states = []
 
@@ -212,7 +212,11 @@ def test_masks_and_flip_rates_follow_the_weights():
             before = {name: mask.clone() for name, mask in self._masks().items()}
             for linear in self._linears.values():
                 linear.weight.data.add_(0.3 * torch.randn(linear.weight.shape, generator=generator))
+            gone = [(~before[name], linear.weight, self._optimizer.state[linear.weight]["exp_avg"])
+                    for name, linear in self._linears.items()]  # fmt: skip
+            pull, mean = (sum(pair[n][pair[0]].double().abs().sum().item() for pair in gone) for n in (1, 2))
             super().after_step(ctx)
+            assert ctx.metrics["decay_ratio"] == pytest.approx(ctx.metrics["decay"] * pull / mean, rel=1e-5)
             states.append((before, {name: mask.clone() for name, mask in self._masks().items()}, dict(ctx.metrics)))
 
     policy.__class__ = Moving
@@ -269,7 +273,8 @@ def test_starting_masks_are_those_given_and_what_is_masked_may_come_back():
     policy = ASTPolicy(anatomy, TWO_OF_FOUR, own(refresh_every=4, decay=0), masks)
     train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, learning_rate=1e-5))
     # the first refresh turns nearly everything round
-    assert policy.flips[0][1] > 0.9 and policy.flips[1][1] < 0.05 and policy.flips[-1][2] > 0.9
+    first, second, *_, last = policy.refreshes
+    assert first.flip_rate > 0.9 and second.flip_rate < 0.05 and last.flips_from_start > 0.9
 
 
 @pytest.mark.parametrize(
@@ -295,7 +300,7 @@ def test_resumes_to_the_bit(changes, tmp_path):
     with pytest.raises(Stop):
         start(tmp_path, stop)
     (model, policy, result), (whole, other, expected) = start(tmp_path), start(None)
-    assert result.losses == expected.losses and policy.flips == other.flips and len(policy.flips) == 6
+    assert result.losses == expected.losses and policy.refreshes == other.refreshes and len(policy.refreshes) == 6
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     for one, other_edit in zip(expected.edits, result.edits, strict=True):

@@ -24,7 +24,7 @@ from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
-from shearling.plan import Adapters, Delta, Edit, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
+from shearling.plan import Adapters, Edit, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
 from shearling.recipe import AST, SPP, Evaluation, PruneStage, Recipe, RecoverStage, Sparsify
 from shearling.report import write_report
 from shearling.rundir import RunDir
@@ -258,14 +258,11 @@ class _Session:
         text = training_windows(recipe, stage, self.dense[1])
         held_out = validation_windows(stage, self.dense[1])
         settings = recovery_settings(recipe, stage)
-        masks, norms = None, None
-        if isinstance(stage, AST | SPP):
-            masks = masks_of(outcome.edits)
-            # spp keeps what is masked at zero
-            if isinstance(stage, AST) and not any(isinstance(edit, Delta) for edit in outcome.edits):
-                unmask_(model, dense, masks)
-        if isinstance(stage, AST) and stage.needs_norms:
-            norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
+        masks, norms = masks_of(outcome.edits) if isinstance(stage, AST | SPP) else None, None
+        if isinstance(stage, AST):
+            unmask_(model, dense, outcome.edits)
+            if stage.needs_norms:
+                norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
         model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)
 
         def tell(event: dict[str, Any]) -> None:

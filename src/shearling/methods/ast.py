@@ -20,11 +20,12 @@ multiplies S-STE's softly thresholded weight (2409.09099).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,12 @@ from shearling.nn import (
     unwrap_,
     wrap_,
 )
-from shearling.plan import Edit, Grid, Masks
+from shearling.plan import Delta, Edit, Grid, Masks
 from shearling.plan.patterns import Pattern, mask_of, num_kept
 from shearling.recipe import AST, SLoRB
 from shearling.surgery import adapters_of
 from shearling.sweep import Moments, Walk
-from shearling.train import Policy, StepContext, TrainSettings, join
+from shearling.train import Policy, StepContext, TrainSettings, decay_groups, join
 
 
 def annealed(step: int, steps: int, decay: float, share: float) -> float:
@@ -120,8 +121,7 @@ class AnnealedAdamW(torch.optim.Optimizer):
                 }
             state["step"] += 1
             own = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            local = (t.to_local() if isinstance(t, DTensor) else t for t in own)
-            work[int(state["step"])].append((*local, _part(mask, parameter)))
+            work[int(state["step"])].append((*map(_local, own), _part(mask, parameter)))
         for number, tensors in work.items():
             if _fusable(tensors):
                 from shearling.kernels.annealed_adam import BLOCK, annealed_adam
@@ -138,6 +138,15 @@ def _fusable(tensors: Sequence[tuple[Tensor, ...]]) -> bool:
     """Whether kernels take these weights, in float32, and what lies beside them."""
     plain = all(t.is_contiguous() and not isinstance(t, DTensor) for each in tensors for t in each)
     return plain and all(each[0].dtype == torch.float32 for each in tensors) and triton_usable(tensors[0][0])
+
+
+class Refresh(NamedTuple):
+    """What choosing the masks anew after ``step`` steps changed: r_t, r0_t, and lam |W| over |m1| of what is masked."""
+
+    step: int
+    flip_rate: float
+    flips_from_start: float
+    decay_ratio: float
 
 
 class ASTPolicy(Policy):
@@ -170,11 +179,9 @@ class ASTPolicy(Policy):
         self._linears: dict[str, EffectiveLinear] = {}
         self._optimizer: AnnealedAdamW | None = None
         self._hooks = ExitStack()
-        self._told: dict[str, float | Tensor] = {}
         self._table: Table | None = None
         self._grid = None if settings.quantise is None else Grid(settings.quantise, settings.group)
-        #: (step, r_t, r0_t) of every refresh
-        self.flips: list[tuple[int, float, float]] = []
+        self.refreshes: list[Refresh] = []
 
     def attach(self, model: Any, settings: TrainSettings) -> None:
         self._model, self._rate = model, settings.learning_rate
@@ -215,11 +222,7 @@ class ASTPolicy(Policy):
         others = {id(linear.weight) for linear in self._linears.values()}
         if self.settings.slorb is not None and not self.settings.slorb.train_down:
             others |= {id(branch.down) for branch in _branches(self._linears.values())}
-        rest = [p for p in self._model.parameters() if id(p) not in others]
-        return [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return decay_groups((p for p in self._model.parameters() if id(p) not in others), self.settings.weight_decay)
 
     def optimizer(self) -> AnnealedAdamW:
         weights = [linear.weight for linear in self._linears.values()]
@@ -245,11 +248,14 @@ class ASTPolicy(Policy):
         every, frozen = self.settings.refresh_every, (1 - self.settings.freeze) * ctx.total_steps
         if every and done % every == 0 and done <= frozen:
             self._refresh(done)
-        ctx.metrics |= self._told
+        if self.refreshes:
+            last = self.refreshes[-1]._asdict()
+            del last["step"]
+            ctx.metrics |= last
 
     def _refresh(self, step: int) -> None:
         """Choose all masks anew, and tell how they moved."""
-        masks = self._masks()
+        masks, ratio = self._masks(), self._decay_ratio()
         weights = [linear.weight.detach() for linear in self._linears.values()]
         tensors = list(zip(weights, masks.values(), (self._start[name] for name in masks), strict=True))
         as_rows = not any(linear.transposed for linear in self._linears.values())
@@ -267,8 +273,22 @@ class ASTPolicy(Policy):
                 mask.copy_(new)
         total = sum(mask.numel() for mask in masks.values())
         moved, away = counts.tolist()
-        self.flips.append((step, moved / total, away / total))
-        self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
+        self.refreshes.append(Refresh(step, moved / total, away / total, ratio))
+
+    def _decay_ratio(self) -> float:
+        """How strongly masked weights decay beside what their gradients say: sum of lam |W| over that of |m1|."""
+        assert self._optimizer is not None
+        strength = self._optimizer.strength
+        sums = torch.zeros(2, dtype=torch.float64, device=next(iter(self._masks().values())).device)
+        for linear, mask in zip(self._linears.values(), self._masks().values(), strict=True):
+            gone = ~_part(mask, linear.weight)
+            weight, first = (
+                _local(t.detach()) for t in (linear.weight, self._optimizer.state[linear.weight]["exp_avg"])
+            )
+            pull = gone if strength.how == "l1" else weight * gone
+            sums += torch.stack([pull.abs().sum(), (first * gone).abs().sum()])
+        pull, mean = join().sum_(sums).tolist()
+        return strength.decay * pull / mean if mean else math.inf
 
     def _remember(self) -> None:
         """Let a step's squares of the inputs, those of all processes, into their running mean."""
@@ -331,12 +351,10 @@ class ASTPolicy(Policy):
         return edits
 
     def state_dict(self) -> dict[str, Any]:
-        return {"flips": [list(flip) for flip in self.flips]}
+        return {"refreshes": [list(refresh) for refresh in self.refreshes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.flips = [(int(step), now, start) for step, now, start in state["flips"]]
-        if self.flips:
-            self._told = {"flip_rate": self.flips[-1][1], "flips_from_start": self.flips[-1][2]}
+        self.refreshes = [Refresh(*refresh) for refresh in state["refreshes"]]
 
 
 def masks_of(edits: Sequence[Edit]) -> Mapping[str, Tensor]:
@@ -345,12 +363,14 @@ def masks_of(edits: Sequence[Edit]) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def unmask_(model: Any, dense: Any, masks: Mapping[str, Tensor]) -> None:
+def unmask_(model: Any, dense: Any, edits: Sequence[Edit]) -> None:
     """Give masked weights the values back that they have in the dense model: what may come back starts from there.
 
-    Not where a one-shot method has given kept weights new values that make up for the others.
+    Not where the one-shot method of these edits has given kept weights new values, which make up for the others.
     """
-    for name, mask in masks.items():
+    if any(isinstance(edit, Delta) for edit in edits):
+        return
+    for name, mask in masks_of(edits).items():
         weight = model.get_parameter(name)
         weight.copy_(torch.where(mask.to(weight.device), weight, dense.get_parameter(name).to(weight)))
 
@@ -387,6 +407,11 @@ def _check_slorb(path: str, slorb: SLoRB, outputs: int, inputs: int) -> None:
             f"{path}: slorb.size = {slorb.size} must divide its {inputs} inputs and give a rank of 1 to "
             f"{min(outputs, inputs)}"
         )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _part(mask: Tensor, parameter: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ QUANTITIES = {
     "flip_rate": "share of masks changed at the last refresh",
     "flips_from_start": "share of masks changed since the start",
     "decay": "decay of masked weights",
+    "decay_ratio": "decay of masked weights over their mean gradients",
     "learning_rate": "learning rate",
 }
 #: what is drawn of training for every domain, by the part of its names in the events that comes before the domain's

@@ -7,6 +7,7 @@ from shearling.train.layerwise import LayerwiseDistillation
 from shearling.train.loop import TrainResult, train
 from shearling.train.loss import IGNORE, HeadLoss, chunked_cross_entropy, chunked_divergence, chunked_head_loss
 from shearling.train.offload import offloaded
+from shearling.train.optimizers import decay_groups
 from shearling.train.policy import Policy, StepContext
 from shearling.train.progress import TrainProgress
 from shearling.train.settings import TrainSettings
@@ -35,6 +36,7 @@ __all__ = [
     "chunked_head_loss",
     "chunked_topk_divergence",
     "compiled",
+    "decay_groups",
     "in_dtype",
     "join",
     "offloaded",

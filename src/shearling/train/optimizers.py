@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,7 @@ def build_optimizers(model: nn.Module, policies: Sequence[Policy], settings: Tra
     groups = [dict(group) for policy in policies for group in policy.param_groups() or ()]
     own = tuple(optimizer for policy in policies if (optimizer := policy.optimizer()) is not None)
     if not groups and not own:
-        parameters = list(model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups = decay_groups(model.parameters(), settings.weight_decay)
     groups = [{**group, "params": list(group["params"])} for group in groups]  # pyrefly: ignore[bad-argument-type]
     groups = [group for group in groups if group["params"]]
     # pyrefly: ignore[not-iterable]
@@ -67,6 +63,15 @@ def build_optimizers(model: nn.Module, policies: Sequence[Policy], settings: Tra
     for parameter in (*model.parameters(), *optimizers.parameters):
         parameter.requires_grad_(id(parameter) in trained)
     return optimizers
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW: matrices decay, vectors (norms, biases) do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def _adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.AdamW:
