@@ -92,6 +92,15 @@ class Family:
         return (*self.attention_inputs, self.attention_output, *self.ffn_inputs, self.ffn_output)
 
     @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the norms over the residual stream inside a block."""
+        return tuple(
+            name.removesuffix(".weight")
+            for name, text in self.block.items()
+            if name.endswith(".weight") and parse_layout(text) == (("hidden",),)
+        )
+
+    @property
     def input_first(self) -> bool:
         """Whether the linears of a block store [in, out]."""
         return parse_layout(self.block[f"{self.ffn_output}.weight"])[0] == ("ffn",)

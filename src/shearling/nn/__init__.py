@@ -1,6 +1,7 @@
-"""Linears in training: master weight -> weight transforms -> product, plus additive branches."""
+"""Linears in training (weight transforms -> product, plus additive branches) and gates along the residual stream."""
 
 from shearling.nn.branches import Branch, LoRABranch, LowRankBranch
+from shearling.nn.hidden_gates import GatedLayerNorm, GatedRMSNorm, HiddenGates
 from shearling.nn.linear import EffectiveLinear, is_linear, plain_state, unwrap_, wrap_, wrapped_linears
 from shearling.nn.transforms import (
     FakeQuantTransform,
@@ -14,6 +15,9 @@ __all__ = [
     "Branch",
     "EffectiveLinear",
     "FakeQuantTransform",
+    "GatedLayerNorm",
+    "GatedRMSNorm",
+    "HiddenGates",
     "LoRABranch",
     "LowRankBranch",
     "MaskTransform",
