@@ -2,7 +2,7 @@
 
 from shearling.anatomy.lookup import anatomy_of, family_names, family_of
 from shearling.anatomy.spec import Anatomy, BlockShape, Family, Layout, is_branch, parse_layout
-from shearling.anatomy.stock import PER_LAYER_PREFIX, config_updates, expressible
+from shearling.anatomy.stock import PER_LAYER_PREFIX, config_updates, expressible, obstacle
 
 __all__ = [
     "PER_LAYER_PREFIX",
@@ -16,5 +16,6 @@ __all__ = [
     "family_names",
     "family_of",
     "is_branch",
+    "obstacle",
     "parse_layout",
 ]

@@ -65,20 +65,28 @@ class Family:
     #: the same for attention
     attention_inputs: tuple[str, ...]
     attention_output: str
+    #: modules whose outputs make up the residual stream before the first block, the one of tokens first
+    embeddings: tuple[str, ...]
     #: module path of the norm before the head, if any
     final_norm: str | None
     norm: Literal["rms", "layer"] = "rms"
     #: the norm multiplies by (1 + weight)
     norm_one_plus: bool = False
     #: attributes inside a block that copy a width: path -> ffn | hidden | query_heads | kv_heads |
-    #: queries_per_kv | query_width
+    #: queries_per_kv | query_width | head_dim | head_scale (1 / sqrt(head_dim))
     attributes: Mapping[str, str] = field(default_factory=dict)
+    #: attributes and buffers outside the blocks: path -> hidden | embedding_scale (sqrt(hidden))
+    outside_attributes: Mapping[str, str] = field(default_factory=dict)
+    #: config fields that repeat a size: field -> name of the size
+    config_copies: Mapping[str, str] = field(default_factory=dict)
     #: submodules of a block that read head counts from their config at run time
     reads_config: tuple[str, ...] = ()
     #: config lists with one entry a layer, gathered when layers go
     per_layer: tuple[str, ...] = ()
     #: sizes that the stock config can state freely, for all layers alike
     stock: frozenset[str] = frozenset({"layers", "ffn"})
+    #: the stock config takes only hidden sizes that the number of query heads divides
+    heads_divide_hidden: bool = False
     #: what attention and the feed-forward layer write is normalised before it is added to the residual stream
     output_norms: bool = False
     #: the embedding is multiplied by sqrt(hidden) on the way in

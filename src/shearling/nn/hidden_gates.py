@@ -94,8 +94,7 @@ class HiddenGates:
         family = anatomy.family
         assert z.shape == (anatomy.hidden,), f"gates {tuple(z.shape)}, hidden size {anatomy.hidden}"
         blocks = range(anatomy.num_layers)
-        outside = {name.rpartition(".")[0] for name in family.outside}
-        embeddings = [m for name, m in model.named_modules() if name in outside and isinstance(m, nn.Embedding)]
+        embeddings = [model.get_submodule(name) for name in family.embeddings]
         linears = (family.attention_output, family.ffn_output)
         outputs = [model.get_submodule(anatomy.path(layer, name)) for layer in blocks for name in linears]
         self._handles = [m.register_forward_hook(partial(_times, z)) for m in (*embeddings, *outputs)]

@@ -20,9 +20,10 @@ from shearling.errors import ShearlingError
 class Structure:
     """Which indices of which spaces stay.
 
-    ``kept`` maps ``layers``, ``ffn.<layer>``, ``kv_group.<layer>`` or ``query_head.<layer>`` to increasing indices.
-    A space that is not named stays whole. A KV group is one key/value head and the query heads that read it; query
-    heads, where named, are numbered through the block and every kept group keeps equally many.
+    ``kept`` maps ``layers``, ``hidden``, ``ffn.<layer>``, ``kv_group.<layer>`` or ``query_head.<layer>`` to increasing
+    indices; ``hidden`` is the residual stream, one for all layers. A space that is not named stays whole. A KV group is
+    one key/value head and the query heads that read it; query heads, where named, are numbered through the block and
+    every kept group keeps equally many.
     """
 
     kind: ClassVar[str] = "structure"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shearling.anatomy import Anatomy, expressible
+from shearling.anatomy import Anatomy, obstacle
 from shearling.plan.sizes import Sizes
 
 
@@ -45,6 +45,7 @@ class Plan:
             "method": self.method,
             "before": self.before.to_json(),
             "after": self.after.to_json(),
+            "hidden": [self.anatomy_before.hidden, self.anatomy_after.hidden],
             "blocks": [self._block(new, old) for new, old in enumerate(self.layers)],
             "engines": engines(self.anatomy_after),
             "estimate": self.estimate,
@@ -70,10 +71,11 @@ class Plan:
             share = self.masked.kept / self.masked.of
             of, kept = f"{self.masked.of:,}", f"{self.masked.kept:,}"
             rows.append((f"weights under the masks ({self.masked.pattern})", of, kept, f"{share:.3f}"))
-        count = [self.anatomy_before.num_layers, self.anatomy_after.num_layers]
         if "peak_bytes" in self.estimate:
             rows.append(("memory of training, estimated", "", f"{self.estimate['peak_bytes'] / 2**30:.1f} GiB", ""))
-        rows.append(("layers", str(count[0]), str(count[1]), f"{count[1] / count[0]:.3f}"))
+        for name in ("hidden", "num_layers"):
+            old, new = (getattr(anatomy, name) for anatomy in (self.anatomy_before, self.anatomy_after))
+            rows.append((name.removeprefix("num_"), str(old), str(new), f"{new / old:.3f}"))
         return rows
 
     def _block(self, new: int, old: int) -> dict[str, Any]:
@@ -84,9 +86,9 @@ class Plan:
 
 def engines(anatomy: Anatomy) -> list[dict[str, Any]]:
     """Which engines load a model of this anatomy, and how."""
-    stock = expressible(anatomy)
+    why = obstacle(anatomy) or ""
+    stock = not why
     aligned = all(shape.ffn % 32 == 0 for shape in anatomy.shapes)
-    why = "" if stock else "per-layer widths; plan with uniform: true"
     return [
         {
             "engine": "transformers",

@@ -20,13 +20,13 @@ def shape_after(anatomy: Anatomy, structure: Structure) -> Anatomy:
     """The anatomy after a structural cut; ShearlingError when an index is out of range or nothing would be left."""
     check_structure(anatomy, structure)
     shapes = tuple(_block_after(anatomy, structure, layer) for layer in kept_layers(anatomy, structure))
-    return replace(anatomy, shapes=shapes)
+    return replace(anatomy, shapes=shapes, hidden=len(structure.kept.get("hidden", range(anatomy.hidden))))
 
 
 def kept_elements(anatomy: Anatomy, structure: Structure, space: str, layer: int | None) -> list[int] | None:
     """Elements of ``space`` that stay along an axis, or None where all do. ``layer`` counts before the cut."""
-    if space == "ffn":
-        indices = structure.kept.get(f"ffn.{layer}")
+    if space in ("ffn", "hidden"):
+        indices = structure.kept.get(space if space == "hidden" else f"ffn.{layer}")
         return None if indices is None else list(indices)
     if space in ("query", "kv"):
         assert layer is not None
@@ -61,12 +61,14 @@ def _units(anatomy: Anatomy, space: str) -> int:
     name, _, layer = space.partition(".")
     if name == "layers":
         return anatomy.num_layers
+    if space == "hidden":
+        return anatomy.hidden
     if name in ("ffn", "kv_group", "query_head") and layer.isdigit() and int(layer) < anatomy.num_layers:
         shape = anatomy.shapes[int(layer)]
         return {"ffn": shape.ffn, "kv_group": shape.kv_heads, "query_head": shape.query_heads}[name]
     raise ShearlingError(
-        f"structure: no space {space!r} to cut; valid are layers, ffn.<layer>, kv_group.<layer>, query_head.<layer> "
-        f"with layers 0..{anatomy.num_layers - 1}"
+        f"structure: no space {space!r} to cut; valid are layers, hidden, ffn.<layer>, kv_group.<layer>, "
+        f"query_head.<layer> with layers 0..{anatomy.num_layers - 1}"
     )
 
 

@@ -25,6 +25,7 @@ from shearling.plan import (
     shape_after,
 )
 from shearling.surgery.modules import add_bias_, conform_, conform_block, set_parameter
+from shearling.surgery.scaling import embedding_factor, rescaled, scaled_parameters
 from shearling.surgery.slicing import slice_tensor
 
 
@@ -90,6 +91,7 @@ def _cut_structure(model: Any, anatomy: Anatomy, structure: Structure) -> Anatom
     after = shape_after(anatomy, structure)
     for name, _ in model.named_parameters():
         anatomy.layout(name)
+    _slice_outside(model, anatomy, structure)
     for layer in range(anatomy.num_layers):
         _slice_block(model.get_submodule(anatomy.path(layer)), layer, anatomy, structure)
     layers = kept_layers(anatomy, structure)
@@ -101,6 +103,11 @@ def _cut_structure(model: Any, anatomy: Anatomy, structure: Structure) -> Anatom
             entries = getattr(model.config, name, None)
             if entries is not None:
                 setattr(model.config, name, [entries[layer] for layer in layers])
+    if after.hidden != anatomy.hidden:
+        factor = embedding_factor(model, anatomy, after)
+        for name in scaled_parameters(model, after):
+            parameter = model.get_parameter(name)
+            parameter.copy_(rescaled(parameter, name, after, factor))
     conform_(model, after)
     return after
 
@@ -112,6 +119,19 @@ def cut_block_(block: nn.Module, layer: int, anatomy: Anatomy, structure: Struct
     _slice_block(block, layer, anatomy, structure)
     conform_block(block, after, layer)
     return after
+
+
+def _slice_outside(model: Any, anatomy: Anatomy, structure: Structure) -> None:
+    cut: dict[int, nn.Parameter] = {}
+    # a tied tensor is met under every name, and stays one
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if anatomy.layer_of(name) is not None:
+            continue
+        if id(parameter) not in cut:
+            kept = slice_tensor(parameter.data, name, anatomy, structure)
+            cut[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+        if cut[id(parameter)].shape != parameter.shape:
+            set_parameter(model, name, cut[id(parameter)])
 
 
 def _slice_block(block: nn.Module, layer: int, anatomy: Anatomy, structure: Structure) -> None:

@@ -13,11 +13,16 @@ from shearling.anatomy import Anatomy, config_updates
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Make ``value`` the parameter of that name, keeping its trainability, and the module's sizes true."""
+    """Make ``value`` the parameter of that name, keeping its trainability, and the module's sizes true.
+
+    A Parameter is put there as it is, so that several names may share it.
+    """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, leaf, None)
-    setattr(module, leaf, nn.Parameter(value, requires_grad=True if old is None else old.requires_grad))
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=True if old is None else old.requires_grad)
+    setattr(module, leaf, value)
     refresh_sizes(module)
 
 
@@ -44,6 +49,16 @@ def conform_(model: Any, anatomy: Anatomy) -> None:
     blocks = model.get_submodule(anatomy.family.blocks)
     for layer, block in enumerate(blocks):
         conform_block(block, anatomy, layer)
+    if anatomy.family.final_norm is not None:
+        _conform_norm(model.get_submodule(anatomy.family.final_norm), anatomy)
+    outside = {"hidden": anatomy.hidden, "embedding_scale": anatomy.hidden**0.5}
+    for path, quantity in anatomy.family.outside_attributes.items():
+        owner, _, leaf = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(getattr(module, leaf, None), Tensor):
+            getattr(module, leaf).fill_(outside[quantity])
+        elif hasattr(module, leaf):
+            setattr(module, leaf, outside[quantity])
     updates = config_updates(anatomy)
     for config in {id(c): c for c in (model.config, getattr(model.base_model, "config", model.config))}.values():
         for name, value in updates.items():
@@ -62,12 +77,16 @@ def conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
         "kv_heads": shape.kv_heads,
         "queries_per_kv": shape.query_heads // shape.kv_heads,
         "query_width": shape.query_heads * anatomy.head_dim,
+        "head_dim": anatomy.head_dim,
+        "head_scale": anatomy.head_dim**-0.5,
     }
     for path, quantity in anatomy.family.attributes.items():
         owner, _, leaf = path.rpartition(".")
         module = block.get_submodule(owner)
         if hasattr(module, leaf):
             setattr(module, leaf, quantities[quantity])
+    for path in anatomy.family.norms:
+        _conform_norm(block.get_submodule(path), anatomy)
     for module in block.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = layer  # pyrefly: ignore[bad-argument-type]
@@ -78,6 +97,12 @@ def conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
         own = copy.copy(module.config)
         own.__dict__.update({fields["query_heads"]: shape.query_heads, fields["kv_heads"]: shape.kv_heads})
         module.config = own
+
+
+def _conform_norm(norm: nn.Module, anatomy: Anatomy) -> None:
+    if isinstance(norm, nn.LayerNorm):
+        # one without weights has nothing that was cut
+        norm.normalized_shape = (anatomy.hidden,)
 
 
 def add_bias_(model: nn.Module, anatomy: Anatomy, linear: str) -> None:

@@ -11,7 +11,7 @@ from shearling.plan import Structure, kept_elements
 
 def axis_indices(anatomy: Anatomy, structure: Structure, parts: tuple[str, ...], layer: int | None) -> list[int] | None:
     """Elements that stay along an axis that stores ``parts`` one after the other; None where all do."""
-    if parts == ("fixed",) or layer is None:
+    if parts == ("fixed",):
         return None
     indices: list[int] = []
     offset, changed = 0, False

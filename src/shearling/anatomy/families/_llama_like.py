@@ -36,6 +36,11 @@ CONFIG = {
     "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
 }
+#: of an embedding that multiplies by sqrt(hidden)
+SCALED_EMBEDDING = {
+    "model.embed_tokens.scalar_embed_scale": "embedding_scale",
+    "model.embed_tokens.embed_scale": "embedding_scale",
+}
 LLAMA_LIKE = {
     "blocks": "model.layers",
     "block": BLOCK,
@@ -45,6 +50,7 @@ LLAMA_LIKE = {
     "ffn_output": "mlp.down_proj",
     "attention_inputs": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_output": "self_attn.o_proj",
+    "embeddings": ("model.embed_tokens",),
     "final_norm": "model.norm",
     "attributes": {
         "hidden_size": "hidden",

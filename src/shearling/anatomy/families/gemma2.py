@@ -1,6 +1,6 @@
 """Gemma 2: (1 + w) norms before and after both halves, soft-capping, scaled embedding."""
 
-from shearling.anatomy.families._llama_like import BLOCK, LLAMA_LIKE, SANDWICH_NORMS
+from shearling.anatomy.families._llama_like import BLOCK, LLAMA_LIKE, SANDWICH_NORMS, SCALED_EMBEDDING
 from shearling.anatomy.spec import Family
 
 FAMILY = Family(
@@ -9,5 +9,7 @@ FAMILY = Family(
     norm_one_plus=True,
     output_norms=True,
     embedding_scaled=True,
+    outside_attributes=SCALED_EMBEDDING,
+    heads_divide_hidden=True,
     **{**LLAMA_LIKE, "block": {**BLOCK, **SANDWICH_NORMS}},
 )

@@ -1,6 +1,6 @@
 """Gemma 3, text: Gemma 2's norms, q/k norms, and local and global layers with a rotary base each."""
 
-from shearling.anatomy.families._llama_like import BLOCK, LLAMA_LIKE, QK_NORMS, SANDWICH_NORMS
+from shearling.anatomy.families._llama_like import BLOCK, LLAMA_LIKE, QK_NORMS, SANDWICH_NORMS, SCALED_EMBEDDING
 from shearling.anatomy.spec import Family
 
 FAMILY = Family(
@@ -9,5 +9,7 @@ FAMILY = Family(
     norm_one_plus=True,
     output_norms=True,
     embedding_scaled=True,
+    outside_attributes=SCALED_EMBEDDING,
+    heads_divide_hidden=True,
     **{**LLAMA_LIKE, "block": {**BLOCK, **QK_NORMS, **SANDWICH_NORMS}},
 )

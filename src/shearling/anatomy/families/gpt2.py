@@ -30,18 +30,23 @@ FAMILY = Family(
     ffn_output="mlp.c_proj",
     attention_inputs=("attn.c_attn",),
     attention_output="attn.c_proj",
+    embeddings=("transformer.wte", "transformer.wpe"),
     final_norm="transformer.ln_f",
     norm="layer",
     attributes={
         "attn.embed_dim": "query_width",
         "attn.split_size": "query_width",
         "attn.num_heads": "query_heads",
+        "attn.head_dim": "head_dim",
+        "attn.scaling": "head_scale",
         "mlp.c_fc.nf": "ffn",
         "mlp.c_proj.nx": "ffn",
         "attn.c_proj.nx": "query_width",
     },
+    outside_attributes={"transformer.embed_dim": "hidden"},
     requires={
         "add_cross_attention": (False, "cross-attention is not described"),
+        "scale_attn_weights": (True, "attention is taken to be scaled by the width of a head"),
         "scale_attn_by_inverse_layer_idx": (False, "the scale depends on the layer index"),
     },
 )

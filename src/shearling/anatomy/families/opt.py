@@ -37,12 +37,16 @@ FAMILY = Family(
     ffn_output="fc2",
     attention_inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     attention_output="self_attn.out_proj",
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     final_norm="model.decoder.final_layer_norm",
     norm="layer",
     attributes={
         "embed_dim": "hidden",
         "self_attn.embed_dim": "query_width",
         "self_attn.num_heads": "query_heads",
+        "self_attn.head_dim": "head_dim",
+        "self_attn.scaling": "head_scale",
     },
+    config_copies={"word_embed_proj_dim": "hidden"},
     requires={"do_layer_norm_before": (True, "OPT-350m normalises after each half and projects its embedding")},
 )
