@@ -83,9 +83,7 @@ def cut(
     sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
     target: Annotated[
         list[str],
-        typer.Option(
-            help="to a shape instead: layers, hidden, heads, kv_heads or ffn; may be repeated", metavar="SIZE=N"
-        ),
+        typer.Option(help="to a shape: layers, hidden, heads, kv_heads or ffn; may be repeated", metavar="SIZE=N"),
     ] = [],  # noqa: B006
     pattern: Annotated[
         str | None, typer.Option(help="masks instead: N:M or unstructured, by magnitude, wanda, sparsegpt or alps")
@@ -109,7 +107,8 @@ def cut(
 
     stage: dict[str, Any]
     if target:
-        stage = {"stage": "prune", "target": dict(size.partition("=")[::2] for size in target)}
+        sizes = (wish.partition("=") for wish in target)
+        stage = {"stage": "prune", "target": {name: number for name, _, number in sizes}}
     elif pattern is None:
         stage = {"stage": "prune", "sparsity": sparsity, "of": of, "round_to": round_to, "uniform": uniform}
     else:

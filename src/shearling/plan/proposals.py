@@ -62,24 +62,34 @@ def propose_shapes(
     """
     target_anatomy(anatomy, Target(layers=anatomy.num_layers))
     whole = getattr(sizes(inventory, anatomy), of)
-    allowed = math.floor(budget * whole) if budget < 1 else math.floor(budget)
-    if not 0 < allowed < whole:
+    wanted = budget * whole if budget < 1 else budget
+    if not 1 <= wanted < whole:
         raise ShearlingError(f"budget = {budget:g} {of}: must be above 0 and below the {whole:,} that the model has")
+    allowed = math.floor(wanted)
     # all blocks are alike
     counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
     costs = {width: _cost(anatomy, counted, width, of) for width in _widths(anatomy, hidden_multiple)}
-    proposals: dict[Target, Proposal] = {}
-    for name, power in PROFILES.items():
-        depth = anatomy.num_layers * (allowed / whole) ** power
-        target = _fit(anatomy, costs, allowed, depth, ffn_multiple)
-        if target is not None and target not in proposals:
-            after = target_anatomy(anatomy, target)
-            weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
-            proposals[target] = Proposal(name, target, weighed, getattr(weighed, of) / whole)
-    if not proposals:
+    depths = {name: anatomy.num_layers * (allowed / whole) ** power for name, power in PROFILES.items()}
+
+    def fits(reach: int) -> dict[Target, str]:
+        found: dict[Target, str] = {}
+        for name, depth in depths.items():
+            target = _fit(anatomy, costs, allowed, depth, reach, ffn_multiple)
+            if target is not None:
+                found.setdefault(target, name)
+        return found
+
+    # where no depth near a profile's allows any, all are tried
+    found = fits(1) or fits(anatomy.num_layers)
+    if not found:
         least = min(cost.at(1, min(ffn_multiple, anatomy.shapes[0].ffn)) for cost in costs.values())
         raise ShearlingError(f"budget = {budget:g} {of}: the smallest shape of this grid has {least:,}; allow more")
-    return list(proposals.values())
+    proposals = []
+    for target, name in found.items():
+        after = target_anatomy(anatomy, target)
+        weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
+        proposals.append(Proposal(name, target, weighed, getattr(weighed, of) / whole))
+    return proposals
 
 
 class _Width(NamedTuple):
@@ -124,10 +134,12 @@ def _widths(anatomy: Anatomy, hidden_multiple: int) -> Iterator[_Width]:
             yield _Width(size, query, kv)
 
 
-def _fit(anatomy: Anatomy, costs: Mapping[_Width, _Cost], allowed: int, depth: float, multiple: int) -> Target | None:
-    """The shape that uses enough of the budget and keeps the source's proportions best at about ``depth`` layers."""
+def _fit(
+    anatomy: Anatomy, costs: Mapping[_Width, _Cost], allowed: int, depth: float, reach: int, multiple: int
+) -> Target | None:
+    """The shape that uses enough of the budget and keeps the source's proportions best, within ``reach`` of a depth."""
     source = anatomy.shapes[0]
-    low, high = max(1, math.floor(depth) - 1), min(anatomy.num_layers, math.ceil(depth) + 1)
+    low, high = max(1, math.floor(depth) - reach), min(anatomy.num_layers, math.ceil(depth) + reach)
     best: tuple[tuple[float, ...], Target] | None = None
     for layers, (width, cost) in itertools.product(range(low, high + 1), costs.items()):
         ffn = (allowed - cost.at(layers, 0)) // (layers * cost.channel)

@@ -46,8 +46,8 @@ def target_anatomy(anatomy: Anatomy, target: Target) -> Anatomy:
     after = replace(anatomy, hidden=hidden, shapes=shapes)
     if not expressible(replace(after, biases=())):
         raise ShearlingError(
-            f"target.hidden = {hidden}: a {anatomy.family.model_type} config states no head_dim, so it must be heads x "
-            f"head_dim = {heads} x {anatomy.head_dim}"
+            f"target.hidden = {hidden}: must be heads x head_dim = {heads} x {anatomy.head_dim}; the config of "
+            f"{anatomy.family.model_type} states no head_dim"
         )
     return after
 
