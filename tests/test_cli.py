@@ -103,6 +103,22 @@ def test_masks_without_a_recipe(tmp_path: Path, command: Any) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_target_without_a_recipe(tmp_path: Path, command: Any) -> None:
+    dense, out = tiny_folder(tmp_path / "dense"), tmp_path / "cut"
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 8)
+    options = ("--calibration", text, "--sequences", 4, "--length", 32, "--device", "cpu", "--method", "minitron")
+    code, table, err = command("cut", dense, "--out", out, *options, "--target", "layers=2", "--target", "ffn=16")
+    assert code == 0, err
+    assert "layers" in table
+    assert len(load_file(out / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]) == 16
+    again = ("cut", dense, "--out", tmp_path / "other", *options)
+    refused(command(*again, "--target", "fnn=16"), "prune.target.fnn", "did you mean ffn?")
+    refused(command(*again, "--target", "ffn"), "prune.target.ffn = ''", "must be a valid integer")
+    refused(command(*again, "--target", "ffn=49"), "target.ffn = 49", "the model has 48")
+    assert not (tmp_path / "other").exists()
+
+
 def training_options(tmp_path: Path) -> tuple[object, ...]:
     """Options of ``train`` under which a tiny model takes six steps."""
     text = tmp_path / "text.txt"

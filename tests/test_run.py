@@ -66,6 +66,31 @@ def recipe(tmp_path: Path) -> Recipe:
     return load_recipe(make_recipe(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"method": "minitron", "target": {"layers": 2, "heads": 2, "ffn": 20}},
+        {"method": "shortgpt", "target": {"layers": 1}},
+        {"method": "random-shape", "target": {"kv_heads": 1}},
+    ],
+    ids=lambda stage: stage["method"],
+)
+def test_a_run_to_an_exact_shape(tmp_path: Path, stage: dict[str, Any]) -> None:
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    content["stages"][0] = {"stage": "prune", **stage}
+    content["calibration"]["stream"] = True
+    metrics = run(parse_recipe(content), tmp_path / "out")
+    shape = {"layers": 3, "heads": 2 if "kv_heads" in stage["target"] else 4, "kv_heads": 2, "ffn": 48} | stage[
+        "target"
+    ]
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    assert [config[field] for field in fields] == [shape[size] for size in ("layers", "heads", "kv_heads", "ffn")]
+    assert config["model_type"] == "llama"
+    assert metrics["recovered"]["parameters"] == metrics["pruned"]["parameters"] < metrics["dense"]["parameters"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def comparable(metrics: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on how often a run was stopped."""
     return {key: value for key, value in metrics.items() if key != "stages"}

@@ -29,9 +29,22 @@ if TYPE_CHECKING:
     from shearling.evaluate import divergence, perplexity
     from shearling.export import save_model
     from shearling.methods.masks import plan_masks
+    from shearling.methods.ranking import plan_ranked
     from shearling.methods.structured import plan_structured, preview
     from shearling.models import load_model, load_tokenizer
-    from shearling.recipe import CFSP, Baseline, CFSPReference, Recipe, Shearling, Sparsify, load_recipe, parse_recipe
+    from shearling.plan import propose_shapes
+    from shearling.recipe import (
+        CFSP,
+        Baseline,
+        CFSPReference,
+        Ranked,
+        Recipe,
+        Shearling,
+        Sparsify,
+        Target,
+        load_recipe,
+        parse_recipe,
+    )
     from shearling.run import run
     from shearling.surgery import cut_
     from shearling.train import TrainSettings, train
@@ -40,11 +53,13 @@ _HOME = {
     "CFSP": "recipe",
     "Baseline": "recipe",
     "CFSPReference": "recipe",
+    "Ranked": "recipe",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "Shearling": "recipe",
     "ShearlingError": "errors",
     "Sparsify": "recipe",
+    "Target": "recipe",
     "TrainSettings": "train",
     "corpus_tokens": "data",
     "cut_": "surgery",
@@ -55,8 +70,10 @@ _HOME = {
     "parse_recipe": "recipe",
     "perplexity": "evaluate",
     "plan_masks": "methods.masks",
+    "plan_ranked": "methods.ranking",
     "plan_structured": "methods.structured",
     "preview": "methods.structured",
+    "propose_shapes": "plan",
     "run": "run",
     "save_model": "export",
     "train": "train",
@@ -66,11 +83,13 @@ __all__ = [
     "CFSP",
     "Baseline",
     "CFSPReference",
+    "Ranked",
     "Recipe",
     "RecipeError",
     "Shearling",
     "ShearlingError",
     "Sparsify",
+    "Target",
     "TrainSettings",
     "corpus_tokens",
     "cut_",
@@ -81,8 +100,10 @@ __all__ = [
     "parse_recipe",
     "perplexity",
     "plan_masks",
+    "plan_ranked",
     "plan_structured",
     "preview",
+    "propose_shapes",
     "run",
     "save_model",
     "train",

@@ -74,8 +74,17 @@ def plan(
 def cut(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="new folder for the model")],
-    method: Annotated[str, typer.Option(help="cfsp, shearling, wanda-sp, flap, magnitude, random")] = "cfsp",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="cfsp, shearling, wanda-sp, flap, magnitude, random; with a target minitron, shortgpt, random-shape"
+        ),
+    ] = "cfsp",
     sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
+    target: Annotated[
+        list[str],
+        typer.Option(help="to a shape: layers, hidden, heads, kv_heads or ffn; may be repeated", metavar="SIZE=N"),
+    ] = [],  # noqa: B006
     pattern: Annotated[
         str | None, typer.Option(help="masks instead: N:M or unstructured, by magnitude, wanda, sparsegpt or alps")
     ] = None,
@@ -96,10 +105,14 @@ def cut(
     """Prune a model without a recipe and save it."""
     from shearling.recipe import parse_recipe
 
-    if pattern is None:
-        stage = {"stage": "prune", "of": of, "round_to": round_to, "uniform": uniform}
+    stage: dict[str, Any]
+    if target:
+        sizes = (wish.partition("=") for wish in target)
+        stage = {"stage": "prune", "target": {name: number for name, _, number in sizes}}
+    elif pattern is None:
+        stage = {"stage": "prune", "sparsity": sparsity, "of": of, "round_to": round_to, "uniform": uniform}
     else:
-        stage = {"stage": "sparsify", "pattern": pattern}
+        stage = {"stage": "sparsify", "sparsity": sparsity, "pattern": pattern}
     text = {"text": calibration, "sequences": sequences, "length": length, "batch": batch, "stream": stream}
     content = {
         "model": model,
@@ -107,7 +120,7 @@ def cut(
         "device": device,
         "dtype": dtype,
         "calibration": text,
-        "stages": [{**stage, "method": method, "sparsity": sparsity}],
+        "stages": [{**stage, "method": method}],
     }
     recipe = parse_recipe(content, "cut")
     with _working("nothing was written") as narrator:

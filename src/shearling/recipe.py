@@ -136,6 +136,42 @@ class Baseline(_Prune):
     method: Literal["wanda-sp", "flap", "magnitude", "random"]
 
 
+class Target(_Strict):
+    """The shape that a model is cut to, the same in every block; what is not named stays, or follows.
+
+    Without ``heads`` (query heads) they follow ``kv_heads`` as many to each as before; without ``kv_heads`` these stay,
+    or follow ``heads`` where each has its own.
+    """
+
+    layers: Tokens | None = None
+    hidden: Tokens | None = None
+    heads: Tokens | None = None
+    kv_heads: Tokens | None = None
+    ffn: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if all(size is None for _, size in self):
+            raise ValueError(f"needs at least one of {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Ranked(_Strict):
+    """Cut to an exact shape in one go: units ranked by one forward sweep, or drawn from the seed."""
+
+    stage: Literal["prune"] = "prune"
+    method: Literal["minitron", "shortgpt", "random-shape"]
+    target: Target
+
+    @field_validator("target")
+    @classmethod
+    def _whole_blocks(cls, value: Target, found: ValidationInfo) -> Target:
+        named = {size for size, wanted in value if wanted is not None}
+        if found.data.get("method") == "shortgpt" and named != {"layers"}:
+            raise ValueError("shortgpt drops whole blocks; name layers alone, or use minitron")
+        return value
+
+
 def pattern_numbers(text: str) -> tuple[int, int] | None:
     """N and M of ``"N:M"``, None unless 0 < N < M."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
@@ -164,7 +200,7 @@ class Sparsify(_Strict):
         return value
 
 
-PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline, Field(discriminator="method")]
+PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline | Ranked, Field(discriminator="method")]
 
 
 class Domain(_Strict):
@@ -474,7 +510,8 @@ Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
 STAGES = ("prune", "sparsify", "recover")
 RECOVERIES = ("lora", "full", "ast", "spp")
-METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random")
+RANKED = get_args(Ranked.model_fields["method"].annotation)
+METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", *RANKED)
 
 
 class Recipe(_Strict):
@@ -509,6 +546,8 @@ class Recipe(_Strict):
         elif names[1:] and isinstance(last, AST | SPP) != (names[0] == "sparsify"):
             wanted = "lora or full" if names[0] == "prune" else "ast or spp, which keep to masks"
             raise ValueError(f"after {names[0]}, recover.method must be {wanted}")
+        if isinstance(stages[0], Ranked) and isinstance(last, LoRA) and last.ranks == "damaged":
+            raise ValueError("recover.ranks = damaged: a target cuts all blocks alike; use important or uniform")
         return stages
 
     @property
@@ -621,9 +660,11 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
 def _names(location: tuple[int | str, ...]) -> list[str]:
     """Field names that are valid where an unknown key stands."""
     tags = {str(part) for part in location}
-    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, LoRA, Full, AST, SPP]
+    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, Ranked, LoRA, Full, AST, SPP]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
+    if "target" in tags:
+        return list(Target.model_fields)
     if "domains" in tags:
         return list(Domain.model_fields)
     if "loading" in tags:

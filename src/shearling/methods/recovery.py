@@ -15,7 +15,7 @@ from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.masks import pattern_of
 from shearling.methods.spp import SPPPolicy
 from shearling.nn import is_linear
-from shearling.plan import Plan, Structure
+from shearling.plan import Plan, leading
 from shearling.recipe import AST, SPP, Full, Recipe, RecoverStage, Sparsify
 from shearling.surgery import cut_
 from shearling.train import Policy, TrainSettings, in_dtype
@@ -76,8 +76,7 @@ def recovery_memory(
     ``compute`` is the type of products, None the weights' own.
     """
     model = copy.deepcopy(dense)
-    shapes = planned.anatomy_after.shapes
-    cut_(model, [Structure({f"ffn.{layer}": tuple(range(shape.ffn)) for layer, shape in enumerate(shapes)})])
+    cut_(model, [leading(planned.anatomy_before, planned.anatomy_after, planned.layers)])
     # what they are counts for nothing here
     linears = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_linear(m)}
     norms = {
@@ -106,4 +105,4 @@ def _shares(plan: Plan, ranks: str) -> list[float]:
     if ranks == "damaged":
         pairs = zip(plan.anatomy_before.shapes, plan.anatomy_after.shapes, strict=True)
         return [1 - after.ffn / before.ffn for before, after in pairs]
-    return list(plan.importance) or [1.0] * plan.anatomy_after.num_layers
+    return [plan.importance[layer] if plan.importance else 1.0 for layer in plan.layers]

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.methods.masks import plan_masks, preview_masks
+from shearling.methods.ranking import plan_ranked, preview_ranked
 from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
 from shearling.plan import Outcome, Plan, inventory_of, plan_of
-from shearling.recipe import Recipe, Sparsify
+from shearling.recipe import Ranked, Recipe, Sparsify
 
 
-def plan_stage(model: Any, tokens: Tensor, stage: Settings | Sparsify, **options: Any) -> Outcome:
-    """Plan and edits of a stage; ``options`` as ``plan_structured`` and ``plan_masks`` take them."""
+def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, **options: Any) -> Outcome:
+    """Plan and edits of a stage; ``options`` as ``plan_structured``, ``plan_ranked`` and ``plan_masks`` take them."""
     if isinstance(stage, Sparsify):
         return plan_masks(model, tokens, stage, **options)
+    if isinstance(stage, Ranked):
+        return plan_ranked(model, tokens, stage, **options)
     return plan_structured(model, tokens, stage, **options)
 
 
@@ -34,6 +37,8 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
             plan = plan_of(recipe.model, recipe.stages[0].method, anatomy_of(model.config), inventory_of(model), ())
         case Sparsify() as stage:
             plan = preview_masks(model, stage, recipe.model)
+        case Ranked() as stage:
+            plan = preview_ranked(model, stage, recipe.model)
         case stage:
             plan = preview(model, stage, recipe.model)
     if recipe.recover is None:

@@ -6,10 +6,13 @@ from shearling.plan.files import load_edits, save_edits, write_bytes, write_tens
 from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan, engines
+from shearling.plan.proposals import HEADINGS, Proposal, propose_shapes
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
 from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, inventory_of, sizes, unit_parameters
+from shearling.plan.target import leading, target_anatomy
 
 __all__ = [
+    "HEADINGS",
     "Adapters",
     "Codes",
     "Delta",
@@ -20,6 +23,7 @@ __all__ = [
     "Masks",
     "Outcome",
     "Plan",
+    "Proposal",
     "Quant",
     "Sizes",
     "Structure",
@@ -34,12 +38,15 @@ __all__ = [
     "inventory_of",
     "kept_elements",
     "kept_layers",
+    "leading",
     "load_edits",
     "plan_of",
+    "propose_shapes",
     "round_to_total",
     "save_edits",
     "shape_after",
     "sizes",
+    "target_anatomy",
     "unit_parameters",
     "write_bytes",
     "write_tensors",

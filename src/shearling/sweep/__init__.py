@@ -1,7 +1,7 @@
 """One forward pass, block after block, and what it collects."""
 
 from shearling.sweep.measure import fingerprint, measure
-from shearling.sweep.statistics import Angles, BlockStatistics, InputStatistics, Moments, add_product_
+from shearling.sweep.statistics import Angles, BlockStatistics, InputStatistics, Magnitudes, Moments, add_product_
 from shearling.sweep.store import Store, block_tensors, take_values_
 from shearling.sweep.walk import Walk
 
@@ -9,6 +9,7 @@ __all__ = [
     "Angles",
     "BlockStatistics",
     "InputStatistics",
+    "Magnitudes",
     "Moments",
     "Store",
     "Walk",

@@ -53,12 +53,38 @@ def add_product_(total: Tensor, a_NI: Tensor, b_NJ: Tensor) -> None:
         total.addmm_(a_NI.T.float(), b_NJ.float())
 
 
+class Magnitudes:
+    """Running sum over sequences of (mean over the T tokens of one of a unit's size)^2, float64.
+
+    A unit is ``width`` consecutive inputs of a linear, its size their L2 norm: one channel, or the elements of a head.
+    """
+
+    def __init__(self, length: int, width: int = 1) -> None:
+        self.length, self.width = length, width
+        self.square: Tensor | None = None
+
+    def __call__(self, x_ND: Tensor) -> None:
+        """Add whole sequences, one after the other in the rows of x; N is a multiple of T."""
+        x = x_ND.unflatten(0, (-1, self.length))
+        if self.width > 1:
+            x = torch.linalg.vector_norm(x.unflatten(-1, (-1, self.width)), dim=-1, dtype=torch.float32)
+        mean = torch.linalg.vector_norm(x, ord=1, dim=1, dtype=torch.float32).double() / self.length
+        square = mean.square_().sum(0)
+        self.square = square if self.square is None else self.square + square
+
+    def result(self) -> Tensor:
+        """Root of the sum of each unit, on the CPU."""
+        assert self.square is not None, "nothing was collected"
+        return self.square.sqrt().cpu()
+
+
 class Angles:
-    """Running sum of the angles between a block's inputs and outputs, token by token, as a share of pi."""
+    """Running sums of the angles between a block's inputs and outputs, as a share of pi, and of their cosines."""
 
     def __init__(self) -> None:
         self.count = 0
         self._total: Tensor | None = None
+        self._cosines: Tensor | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Add the tokens of x and y, [B, T, hidden]."""
@@ -69,8 +95,10 @@ class Angles:
         )
         # a zero state has no direction: it counts as a right angle, as in the released code
         cosine = torch.where(norms > 0, dot / norms, 0.0).clamp_(-1, 1)
+        cosines = cosine.sum(dtype=torch.float64)
         total = cosine.arccos_().sum(dtype=torch.float64) / math.pi
         self._total = total if self._total is None else self._total + total
+        self._cosines = cosines if self._cosines is None else self._cosines + cosines
         self.count += len(x)
 
     @property
@@ -78,6 +106,12 @@ class Angles:
         """Mean angle over all tokens, in [0, 1]."""
         assert self._total is not None, "nothing was collected"
         return self._total.item() / self.count
+
+    @property
+    def influence(self) -> float:
+        """1 minus the mean cosine over all tokens, in [0, 2] (block influence, ShortGPT, arXiv 2403.03853, Eq. 1)."""
+        assert self._cosines is not None, "nothing was collected"
+        return 1 - self._cosines.item() / self.count
 
 
 @dataclass(frozen=True, eq=False)

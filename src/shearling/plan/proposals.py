@@ -1,0 +1,158 @@
+"""From a budget to shapes that meet it: one in balance, one with all layers, one with fewer and wider ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from shearling.anatomy import Anatomy, BlockShape, expressible
+from shearling.errors import ShearlingError
+from shearling.plan.sizes import Inventory, Sizes, inventory_after, sizes
+from shearling.plan.target import target_anatomy
+from shearling.recipe import Target
+
+Quantity = Literal["parameters", "bytes", "flops_per_token"]
+
+#: by which power of the budget's share the layers shrink. Where widths shrink alike, parameters go with layers x
+#: width^2: at 0 the widths do it all, at 1/2 half of it falls to the layers
+PROFILES = {"balanced": 0.25, "deeper": 0.0, "shallower": 0.5}
+#: a shape that leaves more than this share of the budget unused is chosen only where none uses more
+SLACK = 0.01
+#: nor one where hidden, heads and ffn keep shares this much apart, whatever it uses: a full-width stream with one head
+STRETCH = 2.0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A shape with all its sizes named, what it weighs, and the ``share`` of the source's quantity that it keeps."""
+
+    name: str
+    target: Target
+    sizes: Sizes
+    share: float
+
+    def row(self) -> tuple[str, ...]:
+        """Cells under ``HEADINGS``."""
+        target = self.target
+        shape = (target.layers, target.hidden, target.heads, target.kv_heads, target.ffn)
+        return self.name, *map(str, shape), f"{self.sizes.parameters:,}", f"{self.share:.3f}"
+
+
+#: of the columns of ``Proposal.row``
+HEADINGS = ("", *Target.model_fields, "parameters", "share")
+
+
+def propose_shapes(
+    anatomy: Anatomy,
+    inventory: Inventory,
+    budget: float,
+    of: Quantity = "parameters",
+    *,
+    hidden_multiple: int = 64,
+    ffn_multiple: int = 64,
+) -> list[Proposal]:
+    """Shapes that use a budget to 1 % where the grid allows and never exceed it: ``balanced`` first, then the others.
+
+    ``budget`` below 1 is a share of what the model has, else a number. ``hidden`` and ``ffn`` are multiples, or stay;
+    where the config states no head_dim, ``hidden`` is heads x head_dim. A shape that two profiles share is named once.
+    Raises ShearlingError for a budget that is not below the model's own, or that no shape of the grid meets.
+    """
+    target_anatomy(anatomy, Target(layers=anatomy.num_layers))
+    whole = getattr(sizes(inventory, anatomy), of)
+    wanted = budget * whole if budget < 1 else budget
+    if not 1 <= wanted < whole:
+        raise ShearlingError(f"budget = {budget:g} {of}: must be above 0 and below the {whole:,} that the model has")
+    allowed = math.floor(wanted)
+    # all blocks are alike
+    counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
+    costs = {width: _cost(anatomy, counted, width, of) for width in _widths(anatomy, hidden_multiple)}
+    depths = {name: anatomy.num_layers * (allowed / whole) ** power for name, power in PROFILES.items()}
+
+    def fits(reach: int) -> dict[Target, str]:
+        found: dict[Target, str] = {}
+        for name, depth in depths.items():
+            target = _fit(anatomy, costs, allowed, depth, reach, ffn_multiple)
+            if target is not None:
+                found.setdefault(target, name)
+        return found
+
+    # where no depth near a profile's allows any, all are tried
+    found = fits(1) or fits(anatomy.num_layers)
+    if not found:
+        least = min(cost.at(1, min(ffn_multiple, anatomy.shapes[0].ffn)) for cost in costs.values())
+        raise ShearlingError(f"budget = {budget:g} {of}: the smallest shape of this grid has {least:,}; allow more")
+    proposals = []
+    for target, name in found.items():
+        after = target_anatomy(anatomy, target)
+        weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
+        proposals.append(Proposal(name, target, weighed, getattr(weighed, of) / whole))
+    return proposals
+
+
+class _Width(NamedTuple):
+    hidden: int
+    heads: int
+    kv_heads: int
+
+
+class _Cost(NamedTuple):
+    """What a width costs in L layers of F channels: base + L (block + F channel)."""
+
+    base: int
+    block: int
+    channel: int
+
+    def at(self, layers: int, ffn: int) -> int:
+        return self.base + layers * (self.block + ffn * self.channel)
+
+
+def _cost(anatomy: Anatomy, inventory: Inventory, width: _Width, of: Quantity) -> _Cost:
+    def count(layers: int, ffn: int) -> int:
+        block = BlockShape(ffn=ffn, query_heads=width.heads, kv_heads=width.kv_heads)
+        after = replace(anatomy, hidden=width.hidden, shapes=(block,) * layers)
+        return getattr(sizes(inventory_after(inventory, anatomy, after, range(layers)), after), of)
+
+    base, block, channel = count(0, 0), count(1, 0), count(1, 1)
+    return _Cost(base, block - base, channel - block)
+
+
+def _widths(anatomy: Anatomy, hidden_multiple: int) -> Iterator[_Width]:
+    """Widths of the grid: whole KV groups go, or equally many query heads of each, never both."""
+    source = anatomy.shapes[0]
+    ratio = source.query_heads // source.kv_heads
+    # where query heads share one, engines split KV heads over devices: a divisor of what was splits as evenly
+    groups = [g for g in range(1, source.kv_heads + 1) if ratio == 1 or source.kv_heads % g == 0]
+    heads = {(g * ratio, g) for g in groups} | {(each * source.kv_heads, source.kv_heads) for each in range(1, ratio)}
+    multiple = hidden_multiple if "head_dim" in anatomy.family.config else anatomy.head_dim
+    hidden = {*range(multiple, anatomy.hidden, multiple), anatomy.hidden}
+    for size, (query, kv) in itertools.product(sorted(hidden), sorted(heads)):
+        shapes = (replace(source, query_heads=query, kv_heads=kv),)
+        if expressible(replace(anatomy, hidden=size, shapes=shapes, biases=())):
+            yield _Width(size, query, kv)
+
+
+def _fit(
+    anatomy: Anatomy, costs: Mapping[_Width, _Cost], allowed: int, depth: float, reach: int, multiple: int
+) -> Target | None:
+    """The shape that uses enough of the budget and keeps the source's proportions best, within ``reach`` of a depth."""
+    source = anatomy.shapes[0]
+    low, high = max(1, math.floor(depth) - reach), min(anatomy.num_layers, math.ceil(depth) + reach)
+    best: tuple[tuple[float, ...], Target] | None = None
+    for layers, (width, cost) in itertools.product(range(low, high + 1), costs.items()):
+        ffn = (allowed - cost.at(layers, 0)) // (layers * cost.channel)
+        ffn = source.ffn if ffn >= source.ffn else ffn // multiple * multiple
+        if ffn < 1:
+            continue
+        kept = (width.hidden / anatomy.hidden, width.heads / source.query_heads, ffn / source.ffn)
+        stretched = max(kept) / min(kept)
+        distortion = math.log(stretched) + abs(math.log(layers / depth))
+        unused = 1 - cost.at(layers, ffn) / allowed
+        # equal ones: the more KV heads, then the more layers and the wider stream
+        rest = (-width.kv_heads, -layers, -width.hidden)
+        key = (stretched > STRETCH, max(unused, SLACK), distortion, *rest)
+        if best is None or key < best[0]:
+            best = key, Target(layers=layers, ffn=ffn, **width._asdict())
+    return None if best is None else best[1]
