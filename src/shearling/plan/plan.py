@@ -73,9 +73,6 @@ class Plan:
         count = [self.anatomy_before.num_layers, self.anatomy_after.num_layers]
         if "peak_bytes" in self.estimate:
             rows.append(("memory of training, estimated", "", f"{self.estimate['peak_bytes'] / 2**30:.1f} GiB", ""))
-        hidden = [self.anatomy_before.hidden, self.anatomy_after.hidden]
-        if hidden[0] != hidden[1]:
-            rows.append(("hidden", str(hidden[0]), str(hidden[1]), f"{hidden[1] / hidden[0]:.3f}"))
         rows.append(("layers", str(count[0]), str(count[1]), f"{count[1] / count[0]:.3f}"))
         return rows
 
