@@ -88,8 +88,16 @@ def test_what_is_not_named_stays_or_follows(target: dict[str, int], shape: tuple
         ("llama", {"heads": 3}, "target.heads = 3: must be a multiple of kv_heads, which are 2"),
         ("llama", {"heads": 4, "kv_heads": 1}, "target.heads = 4: 4 to each of 1 KV heads, and the model has 2"),
         ("gpt2", {"heads": 2, "kv_heads": 1}, "the model has 1; choose at most 1"),
-        ("gpt2", {"hidden": 24}, "target.hidden = 24: must be heads x head_dim = 4 x 8; the config of gpt2"),
-        ("opt", {"heads": 3}, "target.hidden = 32: must be heads x head_dim = 3 x 8; the config of opt"),
+        (
+            "gpt2",
+            {"hidden": 24},
+            "target.hidden = 24: the config of gpt2 cannot state it with 4 query heads of 8; choose 32",
+        ),
+        (
+            "opt",
+            {"heads": 3},
+            "target.hidden = 32: the config of opt cannot state it with 3 query heads of 8; choose 24",
+        ),
     ],
 )
 def test_what_does_not_fit(family: str, target: dict[str, int], what: str) -> None:
@@ -100,8 +108,9 @@ def test_what_does_not_fit(family: str, target: dict[str, int], what: str) -> No
 def test_widths_per_block_are_refused() -> None:
     anatomy = anatomy_of(tiny_config("llama"))
     shapes = (replace(anatomy.shapes[0], ffn=40), *anatomy.shapes[1:])
-    with pytest.raises(ShearlingError, match=r"^target: the model has widths per block[^\n]*$"):
-        target_anatomy(replace(anatomy, shapes=shapes), Target(layers=2))
+    for other in (replace(anatomy, shapes=shapes), replace(anatomy, biases=("mlp.down_proj",))):
+        with pytest.raises(ShearlingError, match=r"^target: the model has widths per block[^\n]*$"):
+            target_anatomy(other, Target(layers=2))
 
 
 def test_without_a_head_dim_hidden_and_heads_go_together() -> None:
@@ -228,8 +237,16 @@ def test_no_proposal_exceeds_its_budget(
     whole = getattr(sizes(inventory, anatomy), of)
     # one KV group alone, or one query head of each; as wide as the heads where no head_dim is stated
     narrow = [(1, 1)] if family in ("gpt2", "opt") else [(query // kv, 1), (kv, kv)]
-    smallest = [target_anatomy(anatomy, Target(layers=1, hidden=8, heads=h, kv_heads=k, ffn=8)) for h, k in narrow]
-    fewest = [getattr(sizes(inventory_after(inventory, anatomy, least, (0,)), least), of) for least in smallest]
+    smallest = [
+        replace(anatomy, hidden=hidden, shapes=(BlockShape(ffn=8, query_heads=h, kv_heads=k),))
+        for h, k in narrow
+        for hidden in range(8, anatomy.hidden + 1, 8)
+    ]
+    fewest = [
+        getattr(sizes(inventory_after(inventory, anatomy, least, (0,)), least), of)
+        for least in smallest
+        if expressible(least)
+    ]
     if min(fewest) > budget * whole:
         with pytest.raises(ShearlingError, match=r"\A[^\n]*budget[^\n]*\Z"):
             propose_shapes(anatomy, inventory, budget, of, hidden_multiple=8, ffn_multiple=8)

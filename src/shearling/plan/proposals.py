@@ -130,7 +130,7 @@ def _widths(anatomy: Anatomy, hidden_multiple: int) -> Iterator[_Width]:
     hidden = {*range(multiple, anatomy.hidden, multiple), anatomy.hidden}
     for size, (query, kv) in itertools.product(sorted(hidden), sorted(heads)):
         shapes = (replace(source, query_heads=query, kv_heads=kv),)
-        if expressible(replace(anatomy, hidden=size, shapes=shapes, biases=())):
+        if expressible(replace(anatomy, hidden=size, shapes=shapes)):
             yield _Width(size, query, kv)
 
 

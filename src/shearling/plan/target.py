@@ -14,11 +14,12 @@ from shearling.recipe import Target
 def target_anatomy(anatomy: Anatomy, target: Target) -> Anatomy:
     """The anatomy that a model has when it is cut to a target.
 
-    Raises ShearlingError for a model whose blocks differ in width, a size above the model's, query heads that are not
-    equally many to every KV head or more than before, and a hidden size that the family's config cannot state.
+    Raises ShearlingError for a model that its stock class cannot hold, a size above the model's, query heads that are
+    not equally many to every KV head or more than before, and a hidden size that the family's config cannot state.
     """
-    if not anatomy.uniform:
-        raise ShearlingError("target: the model has widths per block; it needs one whose blocks are all alike")
+    if not anatomy.uniform or anatomy.biases:
+        # biases of its own too need a class that no engine has
+        raise ShearlingError("target: the model has widths per block or added biases; it needs a stock one")
     source = anatomy.shapes[0]
     ratio = source.query_heads // source.kv_heads
     follows = target.heads if ratio == 1 else None
@@ -44,10 +45,12 @@ def target_anatomy(anatomy: Anatomy, target: Target) -> Anatomy:
         )
     shapes = (BlockShape(ffn=ffn, query_heads=heads, kv_heads=kv_heads),) * layers
     after = replace(anatomy, hidden=hidden, shapes=shapes)
-    if not expressible(replace(after, biases=())):
+    if not expressible(after):
+        near = [size for size in range(1, anatomy.hidden + 1) if expressible(replace(after, hidden=size))]
+        nearest = min(near, key=lambda size: abs(size - hidden))
         raise ShearlingError(
-            f"target.hidden = {hidden}: must be heads x head_dim = {heads} x {anatomy.head_dim}; the config of "
-            f"{anatomy.family.model_type} states no head_dim"
+            f"target.hidden = {hidden}: the config of {anatomy.family.model_type} cannot state it with {heads} query "
+            f"heads of {anatomy.head_dim}; choose {nearest}, or other heads"
         )
     return after
 
