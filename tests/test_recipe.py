@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shearling.errors import RecipeError
-from shearling.recipe import CFSP, load_recipe, parse_recipe, schema
+from shearling.recipe import CFSP, RANKED, load_recipe, parse_recipe, schema
 
 BASE = {
     "model": "smollm2-135m",
@@ -180,7 +180,18 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_schema_names_every_method() -> None:
     text = str(schema())
-    for method in ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", "lora", "full"):
+    for method in (
+        "cfsp",
+        "cfsp-reference",
+        "shearling",
+        "wanda-sp",
+        "flap",
+        "magnitude",
+        "random",
+        *RANKED,
+        "lora",
+        "full",
+    ):
         assert f"'{method}'" in text
 
 

@@ -382,7 +382,7 @@ def test_stopped_training_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_only_trains_cuts_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ShearlingError, match="recover alone prunes nothing"):
+    with pytest.raises(ShearlingError, match="recover trains, and nothing is pruned at once"):
         cut(only_training(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -265,8 +265,7 @@ def _number(what: str, value: Any) -> float:
     return number
 
 
-class _Recover(_Strict):
-    stage: Literal["recover"] = "recover"
+class _Train(_Strict):
     #: named corpora instead of one text, read by their weights
     domains: dict[str, Domain] | None = None
     text: Annotated[str | None, Field(validate_default=True)] = None
@@ -418,6 +417,10 @@ class _Recover(_Strict):
         return self
 
 
+class _Recover(_Train):
+    stage: Literal["recover"] = "recover"
+
+
 class LoRA(_Recover):
     """Low-rank branches, ranks shared out over blocks, merged at the end."""
 
@@ -504,11 +507,37 @@ class SPP(_Recover):
     scale: Annotated[float, Field(gt=0)] = 2.0
 
 
+class Shear(_Train):
+    """Sheared LLaMA: gates learn, with all weights, which units an exact shape keeps; then the model is cut to it."""
+
+    stage: Literal["shear"] = "shear"
+    method: Literal["sheared-llama"] = "sheared-llama"
+    target: Target
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+    #: of gates and multipliers; follows the same schedule
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    #: share of the steps over which the targets rise
+    target_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    #: share of the steps, at the end, in which gates are 0 or 1
+    binary: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    #: what the constraint counts: closed gates from 0 to 1, or their probability, which leaves dead units
+    closed: Literal["corrected", "probability"] = "corrected"
+
+    @field_validator("keep")
+    @classmethod
+    def _last(cls, value: str) -> str:
+        if value != "last":
+            raise ValueError("must be last: earlier weights belong to other gates")
+        return value
+
+
 RecoverStage = Annotated[LoRA | Full | AST | SPP, Field(discriminator="method")]
-Stage = Annotated[PruneStage | Sparsify | RecoverStage, Field(discriminator="stage")]
+TrainStage = Shear | LoRA | Full | AST | SPP
+Stage = Annotated[PruneStage | Sparsify | Shear | RecoverStage, Field(discriminator="stage")]
 Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
-STAGES = ("prune", "sparsify", "recover")
+STAGES = ("prune", "sparsify", "shear", "recover")
 RECOVERIES = ("lora", "full", "ast", "spp")
 RANKED = get_args(Ranked.model_fields["method"].annotation)
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", *RANKED)
@@ -531,9 +560,9 @@ class Recipe(_Strict):
     @classmethod
     def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [stage.stage for stage in stages]
-        if names not in (["prune"], ["prune", "recover"], ["sparsify"], ["sparsify", "recover"], ["recover"]):
+        if len(set(names)) < len(names) or len(names) > 2 or names[1:] not in ([], ["recover"]):
             raise ValueError(
-                f"must be prune or sparsify, and recover after either, or recover alone; got {', '.join(names)}"
+                f"must be prune, sparsify or shear, and recover after it, or recover alone; got {', '.join(names)}"
             )
         last = stages[-1]
         if names == ["recover"]:
@@ -544,23 +573,28 @@ class Recipe(_Strict):
             if isinstance(last, LoRA) and last.ranks == "damaged":
                 raise ValueError("recover.ranks = damaged needs a prune stage; alone it must be important or uniform")
         elif names[1:] and isinstance(last, AST | SPP) != (names[0] == "sparsify"):
-            wanted = "lora or full" if names[0] == "prune" else "ast or spp, which keep to masks"
+            wanted = "ast or spp, which keep to masks" if names[0] == "sparsify" else "lora or full"
             raise ValueError(f"after {names[0]}, recover.method must be {wanted}")
-        if isinstance(stages[0], Ranked) and isinstance(last, LoRA) and last.ranks == "damaged":
+        if isinstance(stages[0], Ranked | Shear) and isinstance(last, LoRA) and last.ranks == "damaged":
             raise ValueError("recover.ranks = damaged: a target cuts all blocks alike; use important or uniform")
         return stages
 
     @property
-    def first(self) -> PruneStage | Sparsify | None:
+    def first(self) -> PruneStage | Sparsify | Shear | None:
         """The stage that prunes; None where the recipe only trains."""
         stage = self.stages[0]
         return None if isinstance(stage, LoRA | Full | AST | SPP) else stage
 
     @property
     def recover(self) -> RecoverStage | None:
-        """The stage that trains, if there is one."""
+        """The stage that trains what was pruned, if there is one."""
         stage = self.stages[-1]
         return stage if isinstance(stage, LoRA | Full | AST | SPP) else None
+
+    @property
+    def trained(self) -> tuple[TrainStage, ...]:
+        """The stages that train, in their order."""
+        return tuple(stage for stage in self.stages if isinstance(stage, _Train))
 
     def dump(self) -> str:
         """The recipe with every default spelled out, as YAML that loads back equal."""
@@ -630,7 +664,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
     problem = error.errors()[0]
-    location = [part for part in problem["loc"] if part not in (*STAGES, *METHODS, *RECOVERIES)]
+    location = [part for part in problem["loc"] if part not in (*STAGES, *METHODS, *RECOVERIES, "sheared-llama")]
     if location[:1] == ["stages"] and len(location) > 1:
         # as --set addresses it
         stage = content["stages"][location[1]]
@@ -660,7 +694,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
 def _names(location: tuple[int | str, ...]) -> list[str]:
     """Field names that are valid where an unknown key stands."""
     tags = {str(part) for part in location}
-    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, Ranked, LoRA, Full, AST, SPP]
+    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, Ranked, Shear, LoRA, Full, AST, SPP]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
     if "target" in tags:

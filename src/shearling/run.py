@@ -20,12 +20,25 @@ from shearling.events import OnEvent
 from shearling.export import save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import dynamic_loading, given_references, training_windows, validation_windows
+from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
-from shearling.plan import Adapters, Edit, Outcome, Plan, inventory_of, load_edits, plan_of, save_edits, sizes
-from shearling.recipe import AST, SPP, Evaluation, PruneStage, Recipe, RecoverStage, Sparsify
+from shearling.plan import (
+    Adapters,
+    Delta,
+    Edit,
+    Outcome,
+    Plan,
+    Structure,
+    inventory_of,
+    load_edits,
+    plan_of,
+    save_edits,
+    sizes,
+)
+from shearling.recipe import AST, SPP, Evaluation, PruneStage, Recipe, Shear, Sparsify, TrainStage
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import attach_adapters_, cut_
@@ -49,25 +62,29 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     """
     check_teacher(recipe)
     check_tracker(recipe)
-    if recipe.recover is not None:
+    for stage in recipe.trained:
         # only to see whether its file is one
-        given_references(recipe.recover)
+        given_references(stage)
     world = join()
-    if recipe.recover is not None and recipe.recover.batch % world.size:
-        raise ShearlingError(f"recover.batch = {recipe.recover.batch}: must be a multiple of {world.size} processes")
+    for stage in recipe.trained:
+        if stage.batch % world.size:
+            raise ShearlingError(f"{stage.stage}.batch = {stage.batch}: must be a multiple of {world.size} processes")
     if world.first:
         with Tracker(recipe, Path(out)) as tracker:
             listeners = [tracker] if on_event is None else [tracker, on_event]
             return _Session(recipe, RunDir(Path(out), recipe, resume=resume), listeners, world).finish()
-    if world.agree(None):
-        _Session(recipe, RunDir(Path(out), recipe, resume=True), [], world).help()
+    helper: _Session | None = None
+    while world.agree(None):
+        helper = helper or _Session(recipe, RunDir(Path(out), recipe, resume=True), [], world)
+        helper.help()
     return world.agree(None)
 
 
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
-    if recipe.first is None:
-        raise ShearlingError("stages: recover alone prunes nothing; put prune or sparsify before it")
+    if recipe.first is None or isinstance(recipe.first, Shear):
+        stage = recipe.stages[0].stage
+        raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
     if out.exists():
         raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
     home = "cpu" if recipe.calibration.stream else recipe.device
@@ -138,13 +155,15 @@ class _Session:
         recipe, folder = self.recipe, self.folder
         finished = folder.done("finished")
         if finished is not None:
-            self.world.agree(False)
+            self.world.agree(None)
             return self.world.agree(finished)
         folder.log(f"run of {recipe.model}")
         first = recipe.first
         results = {"dense": self._stage("dense", lambda: self._evaluate(self.dense[0]))}
         steps = dict(results)
-        if first is not None:
+        if isinstance(first, Shear):
+            steps["shear"] = self._stage("shear", lambda: self._shear(first))
+        elif first is not None:
             steps["measure"] = self._stage("measure", lambda: self._measure(first))
         outcome = self._restore()
         folder.write_json("plan.json", outcome.plan.to_json())
@@ -161,16 +180,12 @@ class _Session:
             results["pruned"] = steps["pruned"] = self._stage(
                 "pruned", lambda: self._evaluate(cut_model(), self.dense[0])
             )
-        unsaved = not (folder.path / "model").exists()
-        training = self.world.agree(unsaved and recipe.recover is not None)
-        if unsaved:
+        if not (folder.path / "model").exists():
             model = cut_model()
-            if training:
-                assert recipe.recover is not None
-                # the others have opened the folder
-                self.world.wait()
+            if recipe.recover is not None:
+                self._call()
                 with Usage() as usage:
-                    model, trained = self._recover(model, outcome, recipe.recover)
+                    model, trained = self._train(model, outcome, recipe.recover)
                 content: dict[str, Any] = {
                     "steps": trained.steps,
                     "tokens": trained.tokens,
@@ -195,16 +210,22 @@ class _Session:
         folder.finish("finished", metrics)
         folder.tidy()
         folder.log("finished")
+        self.world.agree(None)
         return self.world.agree(metrics)
 
     def help(self) -> None:
-        """Train along with the first process."""
-        assert self.recipe.recover is not None
-        outcome = self._restore()
+        """Train along with the first process, in the stage that it called for."""
+        stage = next(stage for stage in self.recipe.trained if self.folder.done(stage.stage) is None)
+        outcome = self._goal(stage) if isinstance(stage, Shear) else self._restore()
         model = copy.deepcopy(self.dense[0])
         cut_(model, outcome.edits)
         self.world.wait()
-        self._recover(model, outcome, self.recipe.recover)
+        self._train(model, outcome, stage)
+
+    def _call(self) -> None:
+        """Let the other processes train along; returns when all have opened the folder."""
+        self.world.agree(True)
+        self.world.wait()
 
     @property
     def dense(self) -> tuple[Any, Any]:
@@ -240,20 +261,39 @@ class _Session:
         save_edits(outcome.edits, self.folder.state / "edits")
         return {"importance": list(outcome.plan.importance)}
 
+    def _shear(self, stage: Shear) -> dict[str, Any]:
+        self._call()
+        model, trained = self._train(copy.deepcopy(self.dense[0]), self._goal(stage), stage)
+        (structure,) = (edit for edit in trained.edits if isinstance(edit, Structure))
+        cut_(model, [structure])
+        values = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+        save_edits([structure, Delta(values)], self.folder.state / "edits")
+        return {
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "skipped": trained.skipped,
+            "weights": trained.weights,
+        }
+
     def _restore(self) -> Outcome:
         """Plan and edits from disk, so that a resumed run works on the very same values; no edits without pruning."""
-        recipe, model = self.recipe, self.dense[0]
-        edits: tuple[Edit, ...] = ()
-        importance: list[float] = []
-        if recipe.first is not None:
-            edits = load_edits(self.folder.state / "edits")
-            measured = self.folder.done("measure")
-            assert measured is not None
-            importance = measured["importance"]
-        anatomy, inventory = anatomy_of(model.config), inventory_of(model)
-        return Outcome(plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance), edits)
+        edits = () if self.recipe.first is None else load_edits(self.folder.state / "edits")
+        measured = self.folder.done("measure")
+        return self._planned(edits, [] if measured is None else measured["importance"])
 
-    def _recover(self, model: Any, outcome: Outcome, stage: RecoverStage) -> tuple[Any, TrainResult]:
+    def _goal(self, stage: Shear) -> Outcome:
+        """The plan of what shearing will end in, and no edits yet."""
+        return Outcome(preview_target(self.dense[0], stage, self.recipe.model), ())
+
+    def _planned(self, edits: Sequence[Edit] = (), importance: Sequence[float] = ()) -> Outcome:
+        recipe, model = self.recipe, self.dense[0]
+        anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+        return Outcome(
+            plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance), tuple(edits)
+        )
+
+    def _train(self, model: Any, outcome: Outcome, stage: TrainStage) -> tuple[Any, TrainResult]:
+        """Train a model, which an outcome's edits made of the dense one, as a stage says."""
         recipe, dense = self.recipe, self.dense[0]
         text = training_windows(recipe, stage, self.dense[1])
         held_out = validation_windows(stage, self.dense[1])
@@ -267,12 +307,13 @@ class _Session:
 
         def tell(event: dict[str, Any]) -> None:
             if self.world.first:
-                self._event({"stage": "recover", "steps": settings.steps, **event})
+                self._event({"stage": stage.stage, "steps": settings.steps, **event})
 
+        parameters = outcome.plan.after.parameters
         if stage.loading is not None:
             assert isinstance(held_out, dict), "recipes have validation texts for it"
-            policies.append(dynamic_loading(stage, stage.loading, model, dense, held_out, settings, tell))
-        state = self.folder.state / "train"
+            policies.append(dynamic_loading(stage, stage.loading, parameters, dense, held_out, settings, tell))
+        state = self.folder.state / ("train" if stage.stage == "recover" else stage.stage)
         with teaching(recipe, stage, model, dense, text, self._say) as followed:
             policies += followed
             result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)

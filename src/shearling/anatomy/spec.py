@@ -87,8 +87,8 @@ class Family:
     stock: frozenset[str] = frozenset({"layers", "ffn"})
     #: the stock config takes only hidden sizes that the number of query heads divides
     heads_divide_hidden: bool = False
-    #: what attention and the feed-forward layer write is normalised before it is added to the residual stream
-    output_norms: bool = False
+    #: norms of what attention and the feed-forward layer write, before it is added to the residual stream
+    output_norms: tuple[str, ...] = ()
     #: the embedding is multiplied by sqrt(hidden) on the way in
     embedding_scaled: bool = False
     #: config values under which this anatomy does not hold: field -> (the value it needs, why)
@@ -107,6 +107,11 @@ class Family:
             for name, text in self.block.items()
             if name.endswith(".weight") and parse_layout(text) == (("hidden",),)
         )
+
+    @property
+    def branch_outputs(self) -> tuple[str, ...]:
+        """Modules of a block whose outputs are added to the residual stream."""
+        return self.output_norms or (self.attention_output, self.ffn_output)
 
     @property
     def input_first(self) -> bool:

@@ -74,7 +74,7 @@ def corpus_tokens(source: str | Path, tokenizer: Any, *, whole: bool = False, ma
 
 def token_documents(source: str | Path, tokenizer: Any) -> Iterator[list[int]]:
     """Tokens of each document of a source that has some, the end-of-sequence token after them."""
-    for group in _groups(read_texts(source), 64):
+    for group in _groups(read_texts(source)):
         for ids in _encode(tokenizer, group):
             if ids:
                 yield [*ids, tokenizer.eos_token_id]
@@ -94,13 +94,16 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+def _groups(texts: Iterator[str], most: int = 64, characters: int = 1 << 20) -> Iterator[list[str]]:
+    """Texts that are tokenised together: few, or long ones, so that whoever needs only the first waits for no more."""
     group: list[str] = []
+    total = 0
     for text in texts:
         group.append(text)
-        if len(group) == size:
+        total += len(text)
+        if len(group) == most or total >= characters:
             yield group
-            group = []
+            group, total = [], 0
     if group:
         yield group
 

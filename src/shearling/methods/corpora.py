@@ -15,11 +15,11 @@ from shearling.errors import ShearlingError, check_domains
 from shearling.events import OnEvent
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.reference_losses import reference_losses, source_losses
-from shearling.recipe import SOURCE, Loading, LoRA, Recipe, RecoverStage, reference_table
+from shearling.recipe import SOURCE, Loading, LoRA, Recipe, TrainStage, reference_table
 from shearling.train import Policy, TrainSettings, affordable_windows, join
 
 
-def training_windows(recipe: Recipe, stage: RecoverStage, tokenizer: Any) -> Tensor | Windows:
+def training_windows(recipe: Recipe, stage: TrainStage, tokenizer: Any) -> Tensor | Windows:
     """What a recovery reads: a text's windows, those of a packed corpus, or the windows of all domains."""
 
     def read(source: str) -> Tensor | Windows:
@@ -34,7 +34,7 @@ def training_windows(recipe: Recipe, stage: RecoverStage, tokenizer: Any) -> Ten
     return Domains({name: read(domain.text) for name, domain in stage.domains.items()}, weights)
 
 
-def validation_windows(stage: RecoverStage, tokenizer: Any) -> Tensor | dict[str, Tensor] | None:
+def validation_windows(stage: TrainStage, tokenizer: Any) -> Tensor | dict[str, Tensor] | None:
     """What a recovery is scored on: the first windows of its held-out text, or of every domain's."""
     wanted = stage.validation_windows
     if wanted == "auto":
@@ -54,7 +54,7 @@ def validation_windows(stage: RecoverStage, tokenizer: Any) -> Tensor | dict[str
     return {name: read(source) for name, source in found.items() if source is not None} or None
 
 
-def given_references(stage: RecoverStage) -> dict[str, float | dict[float, float]] | None:
+def given_references(stage: TrainStage) -> dict[str, float | dict[float, float]] | None:
     """The table of references that a recovery names or has in a file, None where it has none.
 
     Raises ShearlingError for a file that cannot be read, is no such table, or has other domains.
@@ -77,23 +77,24 @@ def given_references(stage: RecoverStage) -> dict[str, float | dict[float, float
 
 
 def dynamic_loading(
-    stage: RecoverStage,
+    stage: TrainStage,
     loading: Loading,
-    model: Any,
+    parameters: int,
     dense: Any,
     validation: Mapping[str, Tensor],
     settings: TrainSettings,
     on_event: OnEvent,
 ) -> Policy:
-    """The policy that moves the weights of a recovery's domains, towards its references or those of ``dense``.
+    """The policy that moves the weights of a stage's domains, towards its references or those of ``dense``.
 
-    What is to doubt about extrapolated ones goes to ``on_event`` as warnings.
+    References of several models are extrapolated to ``parameters``; what is to doubt about that goes to ``on_event`` as
+    warnings.
     """
     table = given_references(stage)
     if table is None:
         reference, doubts = source_losses(dense, validation, settings, join()), []
     else:
-        reference, doubts = reference_losses(table, sum(p.numel() for p in model.parameters()))
+        reference, doubts = reference_losses(table, parameters)
     for doubt in doubts:
         on_event({"step": 0, "warning": doubt})
     options = loading.model_dump(exclude={"method", "reference"})

@@ -25,7 +25,7 @@ from shearling.anatomy import Anatomy, anatomy_of
 from shearling.events import OnEvent
 from shearling.methods.scores import top
 from shearling.plan import Outcome, Plan, Structure, inventory_of, leading, plan_of, target_anatomy
-from shearling.recipe import Ranked
+from shearling.recipe import Ranked, Shear
 from shearling.sweep import Angles, Magnitudes, Store, Walk, fingerprint
 
 
@@ -72,7 +72,7 @@ def plan_ranked(
     return Outcome(plan_of(name, settings.method, anatomy, inventory, edits, influence), edits)
 
 
-def preview_ranked(model: Any, settings: Ranked, name: str = "") -> Plan:
+def preview_target(model: Any, settings: Ranked | Shear, name: str = "") -> Plan:
     """The plan before anything is ranked, importance aside; ``model`` may be on meta."""
     anatomy = anatomy_of(model.config)
     after = target_anatomy(anatomy, settings.target)

@@ -13,16 +13,17 @@ from shearling.anatomy import anatomy_of
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy, allocate_ranks
 from shearling.methods.masks import pattern_of
+from shearling.methods.sheared_llama import Shearing, ShearingPolicy, kept_of
 from shearling.methods.spp import SPPPolicy
 from shearling.nn import is_linear
-from shearling.plan import Plan, leading
-from shearling.recipe import AST, SPP, Full, Recipe, RecoverStage, Sparsify
+from shearling.plan import Plan, leading, target_anatomy
+from shearling.recipe import AST, SPP, Full, Recipe, Shear, Sparsify, TrainStage
 from shearling.surgery import cut_
 from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
 
 
-def recovery_settings(recipe: Recipe, stage: RecoverStage) -> TrainSettings:
+def recovery_settings(recipe: Recipe, stage: TrainStage) -> TrainSettings:
     """What the training loop is told."""
     return TrainSettings(
         tokens=stage.tokens,
@@ -46,7 +47,7 @@ def recovery_settings(recipe: Recipe, stage: RecoverStage) -> TrainSettings:
 
 def made_trainable(
     recipe: Recipe,
-    stage: RecoverStage,
+    stage: TrainStage,
     model: Any,
     plan: Plan,
     masks: Mapping[str, Tensor] | None = None,
@@ -59,6 +60,10 @@ def made_trainable(
     if isinstance(stage, Full):
         # an optimizer's small steps vanish in half precision
         return model.float(), []
+    if isinstance(stage, Shear):
+        anatomy = anatomy_of(model.config)
+        shearing = Shearing(stage.gate_learning_rate, stage.target_warmup, stage.binary, stage.closed == "corrected")
+        return model.float(), [ShearingPolicy(anatomy, kept_of(target_anatomy(anatomy, stage.target)), shearing)]
     if isinstance(stage, AST):
         assert isinstance(recipe.first, Sparsify), "recipes let ast follow masks alone"
         return model.float(), [ASTPolicy(anatomy_of(model.config), pattern_of(recipe.first), stage, masks, norms)]
@@ -69,14 +74,15 @@ def made_trainable(
 
 
 def recovery_memory(
-    recipe: Recipe, stage: RecoverStage, dense: Any, planned: Plan, *, compute: torch.dtype | None, processes: int = 1
+    recipe: Recipe, stage: TrainStage, dense: Any, planned: Plan, *, compute: torch.dtype | None, processes: int = 1
 ) -> Memory:
     """Memory of a recovery, from the ``dense`` model's shapes (it may be on meta) and the plan of its cut.
 
     ``compute`` is the type of products, None the weights' own.
     """
     model = copy.deepcopy(dense)
-    cut_(model, [leading(planned.anatomy_before, planned.anatomy_after, planned.layers)])
+    if not isinstance(stage, Shear):
+        cut_(model, [leading(planned.anatomy_before, planned.anatomy_after, planned.layers)])
     # what they are counts for nothing here
     linears = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_linear(m)}
     norms = {

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.methods.masks import plan_masks, preview_masks
-from shearling.methods.ranking import plan_ranked, preview_ranked
+from shearling.methods.ranking import plan_ranked, preview_target
 from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
 from shearling.plan import Outcome, Plan, inventory_of, plan_of
-from shearling.recipe import Ranked, Recipe, Sparsify
+from shearling.recipe import Ranked, Recipe, Shear, Sparsify
 
 
 def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, **options: Any) -> Outcome:
@@ -37,12 +37,14 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
             plan = plan_of(recipe.model, recipe.stages[0].method, anatomy_of(model.config), inventory_of(model), ())
         case Sparsify() as stage:
             plan = preview_masks(model, stage, recipe.model)
-        case Ranked() as stage:
-            plan = preview_ranked(model, stage, recipe.model)
+        case Ranked() | Shear() as stage:
+            plan = preview_target(model, stage, recipe.model)
         case stage:
             plan = preview(model, stage, recipe.model)
-    if recipe.recover is None:
+    if not recipe.trained:
         return plan
     compute = None if recipe.device == "cpu" else torch.bfloat16
-    found = recovery_memory(recipe, recipe.recover, model, plan, compute=compute, processes=processes)
-    return replace(plan, estimate={"peak_bytes": found.peak})
+    found = (
+        recovery_memory(recipe, stage, model, plan, compute=compute, processes=processes) for stage in recipe.trained
+    )
+    return replace(plan, estimate={"peak_bytes": max(memory.peak for memory in found)})

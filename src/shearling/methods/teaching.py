@@ -14,7 +14,7 @@ from shearling.data import Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.models import check_finite, load_config, load_model, resolve
-from shearling.recipe import Recipe, RecoverStage
+from shearling.recipe import Recipe, TrainStage
 from shearling.train import (
     CachedTeacher,
     Distillation,
@@ -32,26 +32,29 @@ from shearling.train.head import output_head
 
 def check_teacher(recipe: Recipe) -> None:
     """Raise ShearlingError, from the configs alone, for a named teacher that the recipe's model cannot follow."""
-    stage = recipe.recover
-    if stage is None or stage.teacher is None:
-        return
-    # pruning keeps both sizes
-    own, theirs = (load_config(name).get_text_config() for name in (recipe.model, stage.teacher))
+    for stage in recipe.trained:
+        if stage.teacher is not None:
+            _check_sizes(recipe.model, stage, stage.teacher)
+
+
+def _check_sizes(model: str, stage: TrainStage, teacher: str) -> None:
+    # what pruning does to the hidden size is seen when the policies are attached
+    own, theirs = (load_config(name).get_text_config() for name in (model, teacher))
     if theirs.vocab_size < own.vocab_size:
         raise ShearlingError(
-            f"teacher {stage.teacher!r}: vocabulary of {theirs.vocab_size}, the model's is {own.vocab_size}; it must "
+            f"teacher {teacher!r}: vocabulary of {theirs.vocab_size}, the model's is {own.vocab_size}; it must "
             "be the same or begin with the model's"
         )
     if stage.layerwise and theirs.hidden_size != own.hidden_size:
         raise ShearlingError(
-            f"teacher {stage.teacher!r}: hidden size {theirs.hidden_size}, the model's is {own.hidden_size}; layerwise "
+            f"teacher {teacher!r}: hidden size {theirs.hidden_size}, the model's is {own.hidden_size}; layerwise "
             "losses need the same"
         )
 
 
 @contextmanager
 def teaching(
-    recipe: Recipe, stage: RecoverStage, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
+    recipe: Recipe, stage: TrainStage, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
 ) -> Iterator[list[Policy]]:
     """The policies by which ``model`` follows the teacher of a recovery over ``windows``; none where it has none."""
     if not (stage.distill or stage.layerwise):
@@ -70,7 +73,7 @@ def teaching(
 
 def build_teacher(
     recipe: Recipe,
-    stage: RecoverStage,
+    stage: TrainStage,
     model: Any,
     dense: Any,
     windows: Tensor | Windows,
@@ -112,7 +115,7 @@ def build_teacher(
     return CachedTeacher(folder, windows)
 
 
-def _running(recipe: Recipe, stage: RecoverStage, model: Any, dense: Any, stack: ExitStack) -> Teacher:
+def _running(recipe: Recipe, stage: TrainStage, model: Any, dense: Any, stack: ExitStack) -> Teacher:
     dtype = getattr(torch, stage.teacher_dtype or recipe.dtype)
     if stage.teacher is None:
         teacher = in_dtype(dense, dtype)

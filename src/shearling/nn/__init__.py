@@ -5,6 +5,7 @@ from shearling.nn.hidden_gates import GatedLayerNorm, GatedRMSNorm, HiddenGates
 from shearling.nn.linear import EffectiveLinear, is_linear, plain_state, unwrap_, wrap_, wrapped_linears
 from shearling.nn.transforms import (
     FakeQuantTransform,
+    InputGate,
     MaskTransform,
     MultiplicativeAdapter,
     SoftThreshold,
@@ -18,6 +19,7 @@ __all__ = [
     "GatedLayerNorm",
     "GatedRMSNorm",
     "HiddenGates",
+    "InputGate",
     "LoRABranch",
     "LowRankBranch",
     "MaskTransform",

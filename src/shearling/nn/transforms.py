@@ -39,6 +39,21 @@ class StraightMask(MaskTransform):
         return _StraightThrough.apply(weight, torch.where(self.mask, weight.detach(), 0.0))
 
 
+class InputGate(nn.Module):
+    """Multiplies what a linear reads: each of the ``gates`` [units] the weights of ``width`` inputs that lie together.
+
+    Neither parameter nor buffer: whoever holds the tensor writes into it, and reads its gradient.
+    """
+
+    def __init__(self, gates: Tensor, width: int, transposed: bool) -> None:
+        super().__init__()
+        self.gates, self.width, self.transposed = gates, width, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        each = self.gates.repeat_interleave(self.width)
+        return weight * (each[:, None] if self.transposed else each)
+
+
 class SoftThreshold(MaskTransform):
     """S-STE (arXiv 2409.09099): a group's weights move towards zero by the greatest size that must go, times a scale.
 

@@ -191,15 +191,12 @@ def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.devi
     """One optimizer step; returns its event without the running quantities."""
     settings, optimizers, policies = run.settings, run.optimizers, run.policies
     step = counters.step
-    rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", step))
     indices = run.world.share(run.sampler.take(settings.batch))
     for notice in run.sampler.notices:
         emit({"step": step + 1, "warning": notice})
     ids = run.windows[indices].to(device).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
-    for policy in policies:
-        policy.begin_step(step, rng)
     ctx, loss = _loss(run, counters, gradients, ids, indices, rate, emit)
     average_whole_(run.world, optimizers.parameters)
     norm = total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
@@ -229,6 +226,9 @@ def _loss(
     """Loss of one batch, and its gradients, in as large parts as memory allows."""
     settings = run.settings
     while True:
+        rng = torch.Generator().manual_seed(derived_seed(settings.seed, "policies", counters.step))
+        for policy in run.policies:
+            policy.begin_step(counters.step, rng)
         # seeded anew each step, so that resuming needs no generator's state
         torch.manual_seed(derived_seed(settings.seed, "step", counters.step, *run.world.beside))
         # a captured step adds to the same tensors for ever

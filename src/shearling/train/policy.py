@@ -97,7 +97,10 @@ class Policy:
         return False
 
     def begin_step(self, step: int, rng: torch.Generator) -> None:
-        """Prepare a step; ``rng`` (CPU) depends on the seed and the step alone."""
+        """Prepare a step; ``rng`` (CPU) depends on the seed and the step alone.
+
+        Called again, with the same numbers, where a step ran out of memory and begins anew.
+        """
 
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
         """Scalars added to the loss, each a mean over the micro-batch; names must be unique among policies."""

@@ -1,0 +1,118 @@
+"""Mixing domains while a cut model is trained on: fixed proportions, equal ones, dynamic batch loading.
+
+    python benchmarks/domain_loading.py --data DIR [--json FILE] [--quick] [--steps N] [--seeds S ...]
+
+SmolLM2 loses half of its FFN channels (CFSP) and is trained on, all variants alike but for the weights of the ten
+``corpus/*.train`` domains: in proportion to their tokens, equal, or starting in proportion and moved at every
+validation by the paper's rule, or by its authors' code. References are the uncut model's losses on each domain, taken
+beforehand. The windows that move the weights are never those that the table scores: even windows of ``corpus/*.val``
+and odd ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Rows, arguments, calibration, device_name
+from torch import Tensor
+
+from shearling.data import Domains, corpus_tokens, windows
+from shearling.methods.dynamic_loading import DynamicLoading
+from shearling.methods.reference_losses import source_losses
+from shearling.methods.structured import plan_structured
+from shearling.models import load_model, load_tokenizer
+from shearling.recipe import CFSP
+from shearling.surgery import cut_
+from shearling.train import TrainSettings, World, train, validation_loss
+
+COLUMNS = ["loading", "seed", "domain", "loss", "reference", "excess", "weight", "tokens", "steps", "seconds"]
+#: weights at the start, and settings of DynamicLoading
+LOADINGS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "in proportion": ("proportion", None),
+    "equal": ("equal", None),
+    "dynamic": ("proportion", {}),
+    "dynamic, as released": ("proportion", {"clamp": False}),
+}
+
+
+def domain_windows(data: Path, tokenizer: Any, part: str, length: int, tokens: int | None) -> dict[str, Tensor]:
+    """Windows of every domain by its name."""
+    files = sorted((data / "corpus").glob(f"*.{part}.jsonl.zst"))
+    found = {file.name.partition(".")[0]: corpus_tokens(file, tokenizer, max_tokens=tokens) for file in files}
+    return {name: windows(ids, None, length) for name, ids in found.items()}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--steps", type=int, help="of every variant")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--loadings", nargs="+", choices=list(LOADINGS), default=list(LOADINGS))
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    args = parser.parse_args()
+    gpu = args.device.startswith("cuda")
+    small = args.quick or not gpu
+    length, batch, steps, most = (64, 4, 6, 2000) if small else (1024, 32, 400, None)
+    steps = args.steps or steps
+    dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
+    tokenizer = load_tokenizer(args.model)
+    text = domain_windows(args.data, tokenizer, "train", length, most)
+    held_out = domain_windows(args.data, tokenizer, "val", length, most)
+    moving = {name: part[::2][:16] for name, part in held_out.items()}
+    scored = {name: part[1::2] for name, part in held_out.items()}
+    settings = TrainSettings(
+        tokens=steps * batch * length,
+        length=length,
+        batch=batch,
+        micro_batch=min(batch, 16),
+        learning_rate=args.learning_rate,
+        validate_every=max(1, steps // 20),
+        log_every=max(1, steps // 20),
+        compile=gpu,
+        capture=gpu,
+    )
+    reference = source_losses(dense, moving, settings, World())
+    goal = source_losses(dense, scored, settings, World())
+    tokens = calibration(args.data, tokenizer, *((4, 64) if small else (64, 1024))).to(args.device)
+    outcome = plan_structured(dense, tokens, CFSP(sparsity=0.5), batch=4)
+    cut: Any = copy.deepcopy(dense)
+    cut_(cut, outcome.edits)
+    del dense
+    sizes = {name: float(len(part)) for name, part in text.items()}
+    rows = Rows(COLUMNS, args.json)
+    print(
+        f"# {device_name(args.device)}, torch {torch.__version__}, {sum(map(len, text.values()))} windows", flush=True
+    )
+
+    def report(loading: str, model: Any, weights: Mapping[str, float], **row: Any) -> None:
+        losses = {name: validation_loss(model, part, settings, World()) for name, part in scored.items()}
+        excess = {name: losses[name] - goal[name] for name in losses}
+        for name, loss in losses.items():
+            rows.add(
+                loading=loading, domain=name, loss=loss, reference=goal[name], excess=excess[name],
+                weight=weights[name], **row,
+            )  # fmt: skip
+        mean = sum(losses.values()) / len(losses)
+        rows.add(loading=loading, domain="mean", loss=mean, excess=sum(excess.values()) / len(excess), **row)
+        rows.add(loading=loading, domain="largest gap", excess=max(excess.values()), **row)
+
+    report("none", cut, dict.fromkeys(text, 0.0))
+    for loading in args.loadings:
+        start, options = LOADINGS[loading]
+        for seed in args.seeds:
+            model = copy.deepcopy(cut)
+            domains = Domains(text, sizes if start == "proportion" else None)
+            policies = [] if options is None else [DynamicLoading(reference, **options)]
+            began = time.perf_counter()
+            own = TrainSettings(**{**vars(settings), "seed": seed})
+            result = train(model, domains, policies, own, validation=moving)
+            row = {"tokens": result.tokens, "steps": steps, "seconds": time.perf_counter() - began, "seed": seed}
+            report(loading, model, result.weights or domains.weights, **row)
+
+
+if __name__ == "__main__":
+    main()

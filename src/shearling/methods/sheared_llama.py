@@ -1,0 +1,308 @@
+"""Sheared LLaMA (arXiv 2310.06694): gates that learn, with the weights, which units an exact shape keeps.
+
+    z          hard-concrete gates (methods/hard_concrete.py) of layers, hidden dimensions, KV groups, query heads and
+               FFN channels; drawn once a step
+    s, t       expected share of closed gates of a row, and the share that the target closes; t rises from 0 over a
+               share of the steps
+    L = loss + sum over spaces of mean over rows of lam1 (s - t) + lam2 (s - t)^2        (Section 2.1, Algorithm 1)
+
+Weights and gates descend, the multipliers lam1 and lam2 ascend. A row is what one target count holds for: all layers,
+all hidden dimensions, the KV groups of a layer, the query heads of a group, the channels of a layer.
+
+Gates multiply weights where they can: a unit's gate the columns of the projection that it writes through, which is the
+same as its output. In the last share of the steps gates are 0 or 1, the target's count in every row, so that the cut
+model is the gated one; the release folds soft gates into the weights and cuts after that.
+
+The paper sums over layers and counts units; as in the release a row counts by its share, and rows are averaged.
+``corrected`` is methods/hard_concrete.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearling.anatomy import Anatomy
+from shearling.errors import ShearlingError
+from shearling.methods.hard_concrete import LIMIT, most_open, sample, settled, sparsity
+from shearling.nn import HiddenGates, InputGate, unwrap_, wrap_
+from shearling.plan import Edit, Structure
+from shearling.train import Policy, StepContext, TrainSettings, decay_groups, join
+
+#: log-alpha of an open gate at the start, and the noise on it (before the bound)
+START, SPREAD = 5.0, 0.01
+#: units that stay and whose gate is below this, without noise, are dead when the gates are made 0 or 1
+ALIVE = 0.9
+
+
+@dataclass(frozen=True)
+class Shearing:
+    """How gates are learned.
+
+    ``learning_rate`` is of gates and multipliers, and follows the schedule of the weights'. ``warmup`` is the share of
+    the steps over which the targets rise, ``binary`` the share, at the end, in which gates are 0 or 1.
+    """
+
+    learning_rate: float = 1.0
+    warmup: float = 0.2
+    binary: float = 0.05
+    corrected: bool = True
+
+
+class ShearingPolicy(Policy):
+    """Learns the gates that cut a model to the counts of ``keep``; all weights are trained with them.
+
+    ``keep`` has, of ``layers``, ``hidden``, ``kv_group``, ``query_head`` (in a group) and ``ffn``, those that are cut,
+    each with how many of a row stay. ``finalize`` leaves the stock model as it was trained, and returns the Structure
+    that cuts it to the model the last steps trained. Raises ShearlingError for a count that the model has not.
+    """
+
+    def __init__(self, anatomy: Anatomy, keep: Mapping[str, int], shearing: Shearing) -> None:
+        sizes = gate_shapes(anatomy)
+        for space, count in keep.items():
+            if not 1 <= count <= sizes[space][-1]:
+                raise ShearlingError(f"target: {space} = {count}; the model has {sizes[space][-1]}")
+        self.anatomy, self.shearing = anatomy, shearing
+        #: only spaces that lose something have gates
+        self.keep = {space: count for space, count in keep.items() if count < sizes[space][-1]}
+        self.log_alpha = {space: nn.Parameter(torch.empty(sizes[space])) for space in self.keep}
+        self.multipliers = {space: nn.Parameter(torch.zeros(2)) for space in self.keep}
+        #: how many of the units that stay were dead when the gates were made 0 or 1, by space
+        self.dead: dict[str, int] = {}
+        self._model: Any = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hooks = ExitStack()
+        self._places: dict[str, Tensor] = {}
+        self._drawn: dict[str, Tensor] = {}
+
+    def attach(self, model: Any, settings: TrainSettings) -> None:
+        self._model = model
+        self._validate_every, self._weight_decay = settings.validate_every, settings.weight_decay
+        device = next(model.parameters()).device
+        for parameter in (*self.log_alpha.values(), *self.multipliers.values()):
+            parameter.data = parameter.data.to(device)
+        for log_alpha in self.log_alpha.values():
+            # drawn on the CPU, so that a seed means the same on every device
+            start = START + SPREAD * torch.randn(log_alpha.shape)
+            log_alpha.data.copy_(start.clamp_(-LIMIT, LIMIT))
+        with torch.no_grad():
+            self._places = {place: gates.clone() for place, gates in self._by_place(self._open()).items()}
+        for gates in self._places.values():
+            gates.requires_grad_()
+        self._install(model)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self._model.parameters(), self._weight_decay)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        rate = self.shearing.learning_rate
+        groups = [
+            {"params": list(self.log_alpha.values()), "lr": rate},
+            {"params": list(self.multipliers.values()), "lr": rate, "maximize": True},
+        ]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        return self._optimizer
+
+    def capturable(self) -> bool:
+        return True
+
+    def begin_step(self, step: int, rng: torch.Generator) -> None:
+        if self.dead:
+            gates = self._binary()
+        else:
+            noise = {space: torch.rand(a.shape, generator=rng).to(a.device) for space, a in self.log_alpha.items()}
+            gates = {space: sample(a, noise[space]) for space, a in self.log_alpha.items()}
+        self._drawn = self._by_place(gates)
+        for place, gates in self._places.items():
+            gates.data.copy_(self._drawn[place].detach())
+            if gates.grad is not None:
+                gates.grad.zero_()
+
+    def after_backward(self, ctx: StepContext) -> None:
+        assert self._optimizer is not None
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.shearing.learning_rate * ctx.rate
+        if self.dead:
+            return
+        lagrangian = torch.zeros((), device=ctx.device)
+        for space, log_alpha in self.log_alpha.items():
+            share = sparsity(log_alpha, corrected=self.shearing.corrected)
+            goal = self.goal(space, ctx.step, ctx.total_steps)
+            lagrangian = lagrangian + penalty(share, goal, self.multipliers[space])
+            ctx.metrics |= {f"closed/{space}": share.detach().mean(), f"target/{space}": goal}
+            ctx.metrics |= {f"lambda{n + 1}/{space}": value for n, value in enumerate(self.multipliers[space].detach())}
+        ctx.metrics["lagrangian"] = lagrangian.detach()
+        gradients = [join().mean_(gates.grad) for gates in self._places.values() if gates.grad is not None]
+        drawn = [self._drawn[place] for place, gates in self._places.items() if gates.grad is not None]
+        torch.autograd.backward([*drawn, lagrangian], [*gradients, torch.ones_like(lagrangian)])
+
+    @torch.no_grad()
+    def after_step(self, ctx: StepContext) -> None:
+        for log_alpha in self.log_alpha.values():
+            log_alpha.clamp_(-LIMIT, LIMIT)
+        done = ctx.step + 1
+        if not self.dead and done >= ctx.total_steps - max(1, round(self.shearing.binary * ctx.total_steps)):
+            self.dead = {space: self._count_dead(space) for space in self.keep}
+        ctx.metrics |= {f"dead/{space}": count for space, count in self.dead.items()}
+        if done == ctx.total_steps or (self._validate_every and done % self._validate_every == 0):
+            self._show(self._expected())
+
+    def goal(self, space: str, step: int, steps: int) -> float:
+        """t of a step."""
+        size = self.log_alpha[space].shape[-1]
+        risen = min(1.0, step / (self.shearing.warmup * steps)) if self.shearing.warmup else 1.0
+        return (1 - self.keep[space] / size) * risen
+
+    @torch.no_grad()
+    def finalize(self) -> Sequence[Edit]:
+        self._hooks.close()
+        self._model, self._optimizer, self._places, self._drawn = None, None, {}, {}
+        return [
+            structure_of(self.anatomy, {space: most_open(a, self.keep[space]) for space, a in self.log_alpha.items()})
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dead": dict(self.dead), "log_alpha": {k: v.detach() for k, v in self.log_alpha.items()},
+                "multipliers": {k: v.detach() for k, v in self.multipliers.items()}}  # fmt: skip
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dead = dict(state["dead"])
+        for name, parameters in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
+            for space, parameter in parameters.items():
+                parameter.copy_(state[name][space])
+
+    def _install(self, model: Any) -> None:
+        """Let the gates at their places multiply what they belong to."""
+        anatomy, places = self.anatomy, self._places
+        inputs = (("ffn", anatomy.family.ffn_output, 1), ("heads", anatomy.family.attention_output, anatomy.head_dim))
+        paths = {
+            anatomy.path(layer, linear): (places[f"{kind}.{layer}"], width)
+            for kind, linear, width in inputs
+            for layer in range(anatomy.num_layers)
+            if f"{kind}.{layer}" in places
+        }
+        for path, linear in wrap_(model, paths).items():
+            linear.transforms.append(InputGate(*paths[path], linear.transposed))
+        self._hooks.callback(_drop_gates_, model, tuple(paths))
+        if "hidden" in places:
+            self._hooks.enter_context(HiddenGates(model, places["hidden"]))
+        for layer in range(anatomy.num_layers if "layers" in self.keep else 0):
+            for name in anatomy.family.branch_outputs:
+                module = model.get_submodule(anatomy.path(layer, name))
+                # on the module, so that torch compiles one hook for all
+                module.gate = places[f"layer.{layer}"]
+                self._hooks.callback(delattr, module, "gate")
+                self._hooks.callback(module.register_forward_hook(_times_gate).remove)
+
+    def _open(self) -> dict[str, Tensor]:
+        return {space: torch.ones_like(a) for space, a in self.log_alpha.items()}
+
+    def _binary(self) -> dict[str, Tensor]:
+        return {space: most_open(a, self.keep[space]).to(a.dtype) for space, a in self.log_alpha.items()}
+
+    def _expected(self) -> dict[str, Tensor]:
+        """Gates without noise: of each row as many are closed as are expected to be."""
+        if self.dead:
+            return self._binary()
+        found = {}
+        for space, log_alpha in self.log_alpha.items():
+            size = log_alpha.shape[-1]
+            open_ = (size * (1 - sparsity(log_alpha, corrected=self.shearing.corrected))).round().clamp(1, size).long()
+            rank = log_alpha.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            found[space] = torch.where(rank < open_[..., None], settled(log_alpha), 0.0)
+        return found
+
+    def _show(self, gates: Mapping[str, Tensor]) -> None:
+        for place, value in self._by_place(gates).items():
+            self._places[place].data.copy_(value)
+
+    def _count_dead(self, space: str) -> int:
+        log_alpha = self.log_alpha[space]
+        return int((most_open(log_alpha, self.keep[space]) & (settled(log_alpha) < ALIVE)).sum())
+
+    def _by_place(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gates by what they multiply: ``hidden``, ``layer.<l>``, ``ffn.<l>``, and ``heads.<l>``, one a query head."""
+        found: dict[str, Tensor] = {}
+        if "hidden" in gates:
+            found["hidden"] = gates["hidden"]
+        heads = None
+        if "query_head" in gates or "kv_group" in gates:
+            shape = gate_shapes(self.anatomy)["query_head"]
+            one = torch.ones((), device=next(iter(gates.values())).device)
+            heads = (gates.get("kv_group", one)[..., None] * gates.get("query_head", one)).expand(shape).flatten(1)
+        for layer in range(self.anatomy.num_layers):
+            if "layers" in gates:
+                found[f"layer.{layer}"] = gates["layers"][layer]
+            if "ffn" in gates:
+                found[f"ffn.{layer}"] = gates["ffn"][layer]
+            if heads is not None:
+                found[f"heads.{layer}"] = heads[layer]
+        return found
+
+
+def penalty(share: Tensor, goal: float, multipliers: Tensor) -> Tensor:
+    """Mean over rows of lam1 (s - t) + lam2 (s - t)^2."""
+    off = share - goal
+    return (multipliers[0] * off + multipliers[1] * off.square()).mean()
+
+
+def gate_shapes(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    """Gates of every space, the rows' units along the last axis; ShearlingError where blocks differ in width."""
+    if not anatomy.uniform:
+        raise ShearlingError("target: the model's blocks differ in width; one shape for all needs one to start from")
+    shape, layers = anatomy.shapes[0], anatomy.num_layers
+    return {
+        "layers": (layers,),
+        "hidden": (anatomy.hidden,),
+        "kv_group": (layers, shape.kv_heads),
+        "query_head": (layers, shape.kv_heads, shape.query_heads // shape.kv_heads),
+        "ffn": (layers, shape.ffn),
+    }
+
+
+def kept_of(after: Anatomy) -> dict[str, int]:
+    """How many of each row stay in a model of that anatomy."""
+    return {space: sizes[-1] for space, sizes in gate_shapes(after).items()}
+
+
+def structure_of(anatomy: Anatomy, stays: Mapping[str, Tensor]) -> Structure:
+    """The cut that keeps what bool masks say, each shaped as its space's gates; nothing is said of removed layers."""
+    stays = {space: mask.cpu() for space, mask in stays.items()}
+    layers = _indices(stays["layers"]) if "layers" in stays else tuple(range(anatomy.num_layers))
+    kept: dict[str, tuple[int, ...]] = {}
+    if "layers" in stays:
+        kept["layers"] = layers
+    if "hidden" in stays:
+        kept["hidden"] = _indices(stays["hidden"])
+    for layer in layers:
+        if "ffn" in stays:
+            kept[f"ffn.{layer}"] = _indices(stays["ffn"][layer])
+        groups = stays["kv_group"][layer] if "kv_group" in stays else None
+        if groups is not None:
+            kept[f"kv_group.{layer}"] = _indices(groups)
+        if "query_head" in stays:
+            heads = stays["query_head"][layer]
+            kept[f"query_head.{layer}"] = _indices((heads if groups is None else heads & groups[:, None]).flatten())
+    return Structure(kept)
+
+
+def _indices(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())
+
+
+def _times_gate(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output * module.gate.to(output.dtype)
+
+
+def _drop_gates_(model: Any, paths: Sequence[str]) -> None:
+    """Take gates off linears, whose weights stay as they were trained; what nothing else changes becomes plain."""
+    for path in paths:
+        linear = model.get_submodule(path)
+        linear.transforms = nn.ModuleList(t for t in linear.transforms if not isinstance(t, InputGate))
+    unwrap_(model, [path for path in paths if not model.get_submodule(path).changed])

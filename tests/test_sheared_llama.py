@@ -1,0 +1,181 @@
+"""Gates that learn an exact shape."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from shearling.anatomy import anatomy_of
+from shearling.errors import ShearlingError
+from shearling.methods.hard_concrete import LIMIT, closed, sample
+from shearling.methods.sheared_llama import Shearing, ShearingPolicy, gate_shapes, penalty
+from shearling.nn import EffectiveLinear
+from shearling.surgery import cut_
+from shearling.train import Distillation, Policy, TrainSettings, train
+from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokens
+
+LENGTH = 16
+SETTINGS = TrainSettings(tokens=40 * 4 * LENGTH, length=LENGTH, batch=4, micro_batch=2, learning_rate=1e-3, log_every=1)
+KEEP = {"layers": 2, "kv_group": 1, "ffn": 20}
+
+
+def windows(count: int = 12) -> torch.Tensor:
+    return tiny_tokens(count, LENGTH, seed=5)
+
+
+def keep_of(family: str, **changes: int) -> dict[str, int]:
+    """What every family can cut; query heads in a group where there are several."""
+    shapes = gate_shapes(anatomy_of(tiny_config(family)))
+    keep = {"layers": 2, "kv_group": shapes["kv_group"][-1] // 2, "ffn": 20}
+    if shapes["query_head"][-1] > 1:
+        keep["query_head"] = 1
+    return {**keep, **changes}
+
+
+class Last(Policy):
+    """Keeps the logits of the model of the last step, with its gates."""
+
+    def __init__(self) -> None:
+        self.logits = torch.empty(0)
+
+    def after_step(self, ctx: Any) -> None:
+        if ctx.step + 1 == ctx.total_steps:
+            ctx.model.eval()
+            with torch.no_grad():
+                self.logits = ctx.model(tiny_tokens(), use_cache=False).logits
+            ctx.model.train()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("hidden", [{}, {"hidden": 16}], ids=["", "hidden"])
+def test_the_cut_model_is_the_gated_one(family: str, hidden: dict[str, int]) -> None:
+    model, last = tiny_model(family), Last()
+    anatomy, keep = anatomy_of(model.config), keep_of(family, **hidden)
+    policy = ShearingPolicy(anatomy, keep, Shearing(binary=0.2))
+    events: list[dict[str, Any]] = []
+    result = train(model, windows(), [policy, last], SETTINGS, on_event=events.append)
+    assert not any(isinstance(module, EffectiveLinear) or hasattr(module, "gate") for module in model.modules())
+    after = cut_(model, result.edits)
+    shape = after.shapes[0]
+    heads = keep.get("query_head", 1) * keep["kv_group"]
+    assert after.uniform and after.num_layers == keep["layers"] and after.hidden == keep.get("hidden", anatomy.hidden)
+    assert (shape.ffn, shape.kv_heads, shape.query_heads) == (keep["ffn"], keep["kv_group"], heads)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tiny_tokens(), use_cache=False).logits, last.logits, atol=1e-4, rtol=0)
+
+
+def test_gates_reach_their_targets() -> None:
+    model, events = tiny_model("llama"), []
+    policy = ShearingPolicy(anatomy_of(model.config), KEEP, Shearing())
+    settings = dataclasses.replace(SETTINGS, tokens=400 * 4 * LENGTH)
+    train(model, windows(), [policy], settings, on_event=events.append)
+    steps = [event for event in events if "closed/ffn" in event]
+    for space, size in (("layers", 3), ("kv_group", 2), ("ffn", 48)):
+        # a fifth of the steps takes the target to its height
+        assert steps[40][f"target/{space}"] == pytest.approx((1 - KEEP[space] / size) / 2)
+        assert steps[-1][f"closed/{space}"] == pytest.approx(1 - KEEP[space] / size, abs=0.02)
+    assert len(steps) == 380 and policy.dead["layers"] == 0
+    assert {f"dead/{space}": count for space, count in policy.dead.items()}.items() <= events[-1].items()
+
+
+def test_penalty_by_hand() -> None:
+    multipliers = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    share = torch.tensor([0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    value = penalty(share, 0.3, multipliers)
+    # rows are off by 0.2 and -0.2: (0.4 + 0.12 - 0.4 + 0.12) / 2
+    assert value.item() == pytest.approx(0.12)
+    value.backward()
+    assert multipliers.grad.tolist() == pytest.approx([0.0, 0.04])
+    assert share.grad.tolist() == pytest.approx([(2 + 1.2) / 2, (2 - 1.2) / 2])
+
+
+def test_gradients_of_gates_are_those_of_one_graph() -> None:
+    """Gates drawn once a step, and gradients summed over micro-batches: as if all were one differentiable function."""
+    model = tiny_model("llama")
+    anatomy = anatomy_of(model.config)
+    found: dict[str, torch.Tensor] = {}
+    noise: dict[str, torch.Tensor] = {}
+
+    class Heard(ShearingPolicy):
+        def begin_step(self, step: int, rng: torch.Generator) -> None:
+            state = rng.get_state()
+            noise.update({space: torch.rand(a.shape, generator=rng) for space, a in self.log_alpha.items()})
+            rng.set_state(state)
+            super().begin_step(step, rng)
+
+    class See(Policy):
+        def after_backward(self, ctx: Any) -> None:
+            found.update({space: a.grad.clone() for space, a in policy.log_alpha.items()})
+
+    policy, reference = Heard(anatomy, KEEP, Shearing(learning_rate=0.0)), copy.deepcopy(model)
+    settings = dataclasses.replace(SETTINGS, tokens=4 * LENGTH, clip=None)
+    text = windows(4)
+    train(model, text, [policy, See()], settings)
+    # the same loss, with the gates multiplying what the units write
+    log_alpha = {space: a.detach().clone().requires_grad_() for space, a in policy.log_alpha.items()}
+    gates = {space: sample(a, noise[space]) for space, a in log_alpha.items()}
+    for layer, block in enumerate(reference.model.layers):
+        heads = gates["kv_group"][layer].repeat_interleave(2).repeat_interleave(8)
+        block.mlp.down_proj.register_forward_pre_hook(lambda m, a, g=gates["ffn"][layer]: (a[0] * g,))
+        block.self_attn.o_proj.register_forward_pre_hook(lambda m, a, g=heads: (a[0] * g,))
+        for linear in (block.mlp.down_proj, block.self_attn.o_proj):
+            linear.register_forward_hook(lambda m, a, y, g=gates["layers"][layer]: y * g)
+    reference(text, labels=text, use_cache=False).loss.backward()
+    for space, a in log_alpha.items():
+        torch.testing.assert_close(found[space], a.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [3, 37])
+def test_resumes_to_the_bit(tmp_path: Any, stop: int) -> None:
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=1)
+
+    class Stop(Exception):
+        pass
+
+    def halt(event: dict[str, Any]) -> None:
+        if event.get("step") == stop + 1:
+            raise Stop
+
+    def start(folder: Any, on_event: Any = None) -> Any:
+        model = tiny_model("llama")
+        policy = ShearingPolicy(anatomy_of(model.config), KEEP, Shearing())
+        result = train(
+            model, windows(), [Distillation(tiny_model("llama", seed=1)), policy], settings, state_dir=folder,
+            on_event=on_event,
+        )  # fmt: skip
+        return model, policy, result
+
+    with pytest.raises(Stop):
+        start(tmp_path, halt)
+    (resumed, policy, result), (whole, other, expected) = start(tmp_path), start(None)
+    assert result.losses == expected.losses and policy.dead == other.dead and result.edits[0] == expected.edits[0]
+    for space, log_alpha in policy.log_alpha.items():
+        assert torch.equal(log_alpha, other.log_alpha[space])
+        assert torch.equal(policy.multipliers[space], other.multipliers[space])
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+
+
+def test_counts_that_the_model_has_not() -> None:
+    anatomy = anatomy_of(tiny_config("llama"))
+    with pytest.raises(ShearlingError, match="target: ffn = 49; the model has 48"):
+        ShearingPolicy(anatomy, {"ffn": 49}, Shearing())
+    with pytest.raises(ShearlingError, match="target: layers = 0; the model has 3"):
+        ShearingPolicy(anatomy, {"layers": 0}, Shearing())
+
+
+def test_nothing_is_gated_where_nothing_is_cut() -> None:
+    policy = ShearingPolicy(anatomy_of(tiny_config("llama")), {"ffn": 48, "layers": 2}, Shearing())
+    assert set(policy.log_alpha) == {"layers"}
+
+
+def test_the_bound_holds_gates() -> None:
+    model = tiny_model("llama")
+    policy = ShearingPolicy(anatomy_of(model.config), {"ffn": 8}, Shearing(learning_rate=5.0))
+    train(model, windows(), [policy], SETTINGS)
+    assert policy.log_alpha["ffn"].abs().max() <= LIMIT + 1e-6
+    assert closed(policy.log_alpha["ffn"]).min() > 0.002
