@@ -254,6 +254,19 @@ def test_bad_structure_changes_nothing(kept: dict[str, tuple[int, ...]], says: s
     assert torch.equal(logits(model), before)
 
 
+def test_a_shape_that_the_config_class_refuses_changes_nothing(tmp_path: Any) -> None:
+    """Phi-3's config counts its rotary factors against hidden / heads, whatever its head width is."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    overrides = {"rope_parameters": {**rope, "partial_rotary_factor": 1.0}}
+    model = tiny_model("phi3", **overrides)
+    before = logits(model)
+    with pytest.raises(ShearlingError, match=r"^phi3: its config cannot state .* must have length 3, got 4$"):
+        cut_(model, [Structure({"hidden": HIDDEN})])
+    assert torch.equal(logits(model), before) and model.config.hidden_size == 32
+    heads = {f"query_head.{layer}": (1, 3) for layer in range(LAYERS)}
+    check("phi3", [Structure({"hidden": tuple(range(0, 32, 2)), **heads})], tmp_path / "model", **overrides)
+
+
 def test_edits_survive_the_disk(tmp_path: Any) -> None:
     edits: list[Edit] = [Structure({"ffn.1": (1, 3)}), Delta({"a": torch.randn(2, 3)})]
     save_edits(edits, tmp_path)

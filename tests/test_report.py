@@ -58,7 +58,7 @@ def plan_of(*, uniform: bool = False, num_layers: int = 30) -> dict[str, Any]:
         }
         for layer in range(num_layers)
     ]
-    how = 'import shearling; AutoModelForCausalLM.from_pretrained("model")'
+    how = ("" if uniform else "import shearling; ") + 'AutoModelForCausalLM.from_pretrained("model")'
     return {
         "model": "smollm2-135m",
         "method": "cfsp",
@@ -67,7 +67,7 @@ def plan_of(*, uniform: bool = False, num_layers: int = 30) -> dict[str, Any]:
         "blocks": blocks,
         "engines": [
             {"engine": "transformers", "loads": True, "how": how},
-            {"engine": "vllm", "loads": False, "how": "needs uniform widths"},
+            {"engine": "vllm", "loads": uniform, "how": "needs uniform widths"},
         ],
         "estimate": {"seconds": 300.0, "peak_bytes": 2_600_000_000},
     }

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from shearling.report import plots
 from shearling.report.files import RunFiles, record, records
 from shearling.report.numbers import DASH, words
-
-KEYS_OF_WIDTHS = ("ffn", "query_heads", "kv_heads")
 
 
 def engines(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -26,9 +23,8 @@ def loading(run: RunFiles) -> dict[str, str | bool] | None:
     folder = run.directory / "model"
     if not folder.is_dir():
         return None
-    blocks = records(run.plan.get("blocks"))
-    after = [[plots.finite_pair(block.get(key))[1] for block in blocks] for key in KEYS_OF_WIDTHS]
-    per_layer = any(len(set(side)) > 1 for side in after)
+    # the second engine, vLLM, loads exactly what a stock config states
+    per_layer = [engine.get("loads") for engine in records(run.plan.get("engines"))][1:2] == [False]
     lines = ["import shearling  # registers the class with per-layer widths"] if per_layer else []
     lines += [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -24,7 +24,14 @@ from shearling.plan import (
     kept_layers,
     shape_after,
 )
-from shearling.surgery.modules import add_bias_, conform_, conform_block, set_parameter
+from shearling.surgery.modules import (
+    add_bias_,
+    check_config,
+    conform_,
+    conform_block,
+    gather_layers,
+    set_parameter,
+)
 from shearling.surgery.scaling import embedding_factor, rescaled, scaled_parameters
 from shearling.surgery.slicing import slice_tensor
 
@@ -91,18 +98,16 @@ def _cut_structure(model: Any, anatomy: Anatomy, structure: Structure) -> Anatom
     after = shape_after(anatomy, structure)
     for name, _ in model.named_parameters():
         anatomy.layout(name)
+    layers = kept_layers(anatomy, structure)
+    check_config(model.config, after, layers)
     _slice_outside(model, anatomy, structure)
     for layer in range(anatomy.num_layers):
         _slice_block(model.get_submodule(anatomy.path(layer)), layer, anatomy, structure)
-    layers = kept_layers(anatomy, structure)
     if len(layers) < anatomy.num_layers:
         path, _, leaf = anatomy.family.blocks.rpartition(".")
         blocks = model.get_submodule(anatomy.family.blocks)
         setattr(model.get_submodule(path), leaf, nn.ModuleList(blocks[layer] for layer in layers))
-        for name in anatomy.family.per_layer:
-            entries = getattr(model.config, name, None)
-            if entries is not None:
-                setattr(model.config, name, [entries[layer] for layer in layers])
+        gather_layers(model.config, anatomy, layers)
     if after.hidden != anatomy.hidden:
         factor = embedding_factor(model, anatomy, after)
         for name in scaled_parameters(model, after):

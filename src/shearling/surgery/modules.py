@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from shearling.anatomy import Anatomy, config_updates
+from shearling.errors import ShearlingError
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -59,12 +62,40 @@ def conform_(model: Any, anatomy: Anatomy) -> None:
             getattr(module, leaf).fill_(outside[quantity])
         elif hasattr(module, leaf):
             setattr(module, leaf, outside[quantity])
-    updates = config_updates(anatomy)
     for config in {id(c): c for c in (model.config, getattr(model.base_model, "config", model.config))}.values():
-        for name, value in updates.items():
-            setattr(config, name, value)
-        if "shearling" not in updates and hasattr(config, "shearling"):
-            delattr(config, "shearling")
+        _conform_config(config, anatomy)
+
+
+def check_config(config: Any, after: Anatomy, layers: Sequence[int]) -> None:
+    """Raise ShearlingError where the config class refuses what a cut that keeps ``layers`` would write into it.
+
+    Otherwise it would refuse when the checkpoint is saved.
+    """
+    probe = copy.deepcopy(config)
+    try:
+        gather_layers(probe, after, layers)
+        _conform_config(probe, after)
+        if hasattr(probe, "validate"):
+            probe.validate()
+    except StrictDataclassError as error:
+        why = " ".join(str(error).split())
+        raise ShearlingError(f"{after.family.model_type}: its config cannot state the cut model: {why}") from error
+
+
+def gather_layers(config: Any, anatomy: Anatomy, layers: Sequence[int]) -> None:
+    """Keep, of config lists with one entry a layer, the entries of ``layers``."""
+    for name in anatomy.family.per_layer:
+        entries = getattr(config, name, None)
+        if entries is not None:
+            setattr(config, name, [entries[layer] for layer in layers])
+
+
+def _conform_config(config: Any, anatomy: Anatomy) -> None:
+    updates = config_updates(anatomy)
+    for name, value in updates.items():
+        setattr(config, name, value)
+    if "shearling" not in updates and hasattr(config, "shearling"):
+        delattr(config, "shearling")
 
 
 def conform_block(block: nn.Module, anatomy: Anatomy, layer: int) -> None:
