@@ -200,9 +200,9 @@ def test_a_random_shape_reads_nothing_and_follows_its_seed() -> None:
     assert len({tuple(sorted(draw.items())) for draw in draws}) == 8
     assert all(a < b for draw in draws for indices in draw.values() for a, b in itertools.pairwise(indices))
     hidden = highest(
-        anatomy := anatomy_of(model.config), target_anatomy(anatomy, Target(hidden=5)), drawn(anatomy, 1)
+        anatomy := anatomy_of(model.config), target_anatomy(anatomy, Target(hidden=8)), drawn(anatomy, 1)
     ).kept["hidden"]
-    assert len(set(hidden)) == 5 and max(hidden) < 32
+    assert len(set(hidden)) == 8 and max(hidden) < 32
 
 
 def test_every_choice_of_a_random_shape_is_as_likely() -> None:

@@ -387,6 +387,43 @@ def test_a_recipe_that_only_trains_cuts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def sheared(tmp_path: Path) -> Recipe:
+    """The small recipe, its pruning learned and its recovery of all parameters."""
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    recover = {key: value for key, value in content["stages"][1].items() if key != "mean_rank"}
+    shear = {**recover, "stage": "shear", "method": "sheared-llama", "target": SMALL_TARGET, "distill": 1.0}
+    return parse_recipe({**content, "stages": [shear, {**recover, "method": "full"}]})
+
+
+def test_shearing_ends_in_the_exact_shape_also_when_stopped(tmp_path: Path) -> None:
+    recipe = sheared(tmp_path)
+    expected = run(recipe, tmp_path / "undisturbed")
+    assert [stage["name"] for stage in expected["stages"]] == ["dense", "shear", "pruned", "recover", "recovered"]
+    config = json.loads((tmp_path / "undisturbed" / "model" / "config.json").read_text())
+    fields = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    assert [config[field] for field in fields] == list(SMALL_TARGET.values())
+    assert config["model_type"] == "llama" and "shearling" not in config
+    assert "gates" in (tmp_path / "undisturbed" / "report.html").read_text()
+    for stage in ("shear", "recover"):
+
+        def strike(event: dict[str, Any], stage: str = stage) -> None:
+            if event.get("stage") == stage and event.get("step") == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Interrupted):
+            run(recipe, tmp_path / "out", resume=True, on_event=strike)
+    assert comparable(run(recipe, tmp_path / "out", resume=True)) == comparable(expected)
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "undisturbed"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_target_that_does_not_fit_is_named_before_training(tmp_path: Path) -> None:
+    content = yaml.safe_load(sheared(tmp_path).dump())
+    content["stages"][0]["target"] = {"layers": 9}
+    with pytest.raises(ShearlingError, match="target.layers = 9: the model has 3"):
+        run(parse_recipe(content), tmp_path / "out")
+
+
 def test_a_finished_run_is_not_done_again(recipe: Recipe, tmp_path: Path) -> None:
     first = run(recipe, tmp_path / "out")
     events: list[dict[str, Any]] = []
@@ -411,13 +448,21 @@ def test_foreign_files_are_left_alone(recipe: Recipe, tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+SMALL_TARGET = {"layers": 2, "hidden": 16, "heads": 2, "kv_heads": 2, "ffn": 20}
+
+
 def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A shipped recipe with its own stages and options, on a tiny model and little text."""
     small = yaml.safe_load(make_recipe(tmp_path).read_text())
     changes: dict[str, Any] = {"text": str(tmp_path / "recovery.txt"), "length": 32, "batch": 4, "micro_batch": 2}
     for stage in content["stages"]:
-        if stage["stage"] == "recover":
+        if stage["stage"] == "shear":
+            stage["target"] = {size: SMALL_TARGET[size] for size in stage["target"]}
+        if stage["stage"] in ("shear", "recover"):
             stage.update({**changes, "tokens": 256})
+            if "domains" in stage:
+                text = {"text": stage.pop("text"), "validation": changes["text"]}
+                stage.update(domains=dict.fromkeys(stage["domains"], text), validation_windows=2, validate_every=1)
             if "validation" in stage:
                 stage.update(validation=changes["text"], validation_windows=2, validate_every=1)
             # needs a GPU

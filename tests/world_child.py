@@ -20,6 +20,7 @@ from shearling.data import Domains
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.ig_lora import LoRAPolicy
+from shearling.methods.sheared_llama import Shearing, ShearingPolicy
 from shearling.methods.spp import SPPPolicy
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST, SLoRB
@@ -31,7 +32,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains", "shear")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -57,6 +58,13 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
         weights = {name: p.detach() for name, p in model.named_parameters() if "_proj" in name}
         masks = {name: Pattern(2, 4).mask(weight.abs()) for name, weight in weights.items()}
         policies = [SPPPolicy(anatomy_of(model.config), rank=4, masks=masks)]
+    if kind == "shear":
+        keep = {"layers": 2, "hidden": 24, "kv_group": 1, "ffn": 30}
+        # a small rate: gates at full speed turn a difference in the last digit into another choice
+        policies = [
+            Distillation(tiny_model("llama", seed=3)),
+            ShearingPolicy(anatomy_of(model.config), keep, Shearing(learning_rate=0.05, binary=0.2)),
+        ]
     scores = []
 
     def hear(event: dict[str, Any]) -> None:

@@ -136,6 +136,10 @@ class ShearingPolicy(Policy):
             lagrangian = lagrangian + penalty(share, goal, self.multipliers[space])
             ctx.metrics |= {f"closed/{space}": share.detach().mean(), f"target/{space}": goal}
             ctx.metrics |= {f"lambda{n + 1}/{space}": value for n, value in enumerate(self.multipliers[space].detach())}
+        if "layers" in self.log_alpha:
+            # the one space whose gates are few enough to be followed one by one
+            gates = settled(self.log_alpha["layers"].detach())
+            ctx.metrics |= {f"layer/{number}": gate for number, gate in enumerate(gates)}
         ctx.metrics["lagrangian"] = lagrangian.detach()
         gradients = [join().mean_(gates.grad) for gates in self._places.values() if gates.grad is not None]
         drawn = [self._drawn[place] for place, gates in self._places.items() if gates.grad is not None]

@@ -38,10 +38,15 @@ QUANTITIES = {
     "decay_ratio": "decay of masked weights over their mean gradients",
     "learning_rate": "learning rate",
 }
-#: what is drawn of training for every domain, by the part of its names in the events that comes before the domain's
-DOMAIN_QUANTITIES = {
+#: what is drawn of training for every domain or space, by the part of its names in the events that comes before theirs
+PARTED_QUANTITIES = {
     "weight": "weights of domains",
     "excess_loss": "losses of domains minus their references",
+    "closed": "expected share of closed gates",
+    "target": "share of gates that the target closes",
+    "lambda1": "linear multipliers of the targets",
+    "lambda2": "quadratic multipliers of the targets",
+    "layer": "gates of layers",
 }
 
 Section = dict[str, Any]
@@ -235,7 +240,7 @@ def training(run: RunFiles) -> list[Section]:
                 plot = Markup(plots.step_plot(f"{key.replace('_', '-')}-{number}", stage, points, what))
                 legend = [("raw", f"logged {what}"), ("mean", "running mean")]
                 curves.append({"stage": stage, "what": what, "plot": plot, "legend": legend, "caption": caption})
-        for key, what in DOMAIN_QUANTITIES.items():
+        for key, what in PARTED_QUANTITIES.items():
             domains = _of_domains(by_step, key)
             if domains:
                 plot = Markup(plots.domain_plot(f"{key.replace('_', '-')}-{number}", stage, domains, what))
