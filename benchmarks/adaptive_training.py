@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from common import Row, Rows, arguments, device_name, held_out, mixture, report_quality, score
+from common import TASKS, Row, Rows, arguments, device_name, held_out, mixture, report_quality, score
 
 from shearling.anatomy import anatomy_of
 from shearling.evaluate import evaluate_tasks
@@ -36,7 +36,6 @@ COLUMNS = [
     "variant", "learning_rate", "seed", "corpus", "perplexity", "accuracy", "stderr", "tokens", "context", "steps",
     "trained_tokens", "unique_tokens", "tokens_per_second", "seconds", "flips", "away", "overhead", "peak_bytes",
 ]  # fmt: skip
-TASKS = ("arc_easy", "piqa", "hellaswag", "winogrande", "boolq", "openbookqa", "lambada_openai")
 
 
 class Variant(NamedTuple):

@@ -18,6 +18,7 @@ from shearling.evaluate import perplexity
 
 Row = dict[str, Any]
 WIKITEXT = "wikitext2.test"
+TASKS = ("arc_easy", "piqa", "hellaswag", "winogrande", "boolq", "openbookqa", "lambada_openai")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
