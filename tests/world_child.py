@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains", "shear")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "quantised", "untied", "domains", "shear")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -53,6 +54,10 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
         policies = [
             Distillation(tiny_model("llama", seed=3)),
             ASTPolicy(anatomy_of(model.config), Pattern(2, 4), settings),
+        ]
+    if kind == "quantised":
+        policies = [
+            ASTPolicy(anatomy_of(model.config), Pattern(2, 4), AST(score="magnitude", quantise="int8", group=8))
         ]
     if kind == "spp":
         weights = {name: p.detach() for name, p in model.named_parameters() if "_proj" in name}
@@ -80,7 +85,9 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
         text = Domains({"web": windows[:13], "code": windows[13:]}, {"web": 0.4, "code": 0.6})
         validation = {"web": held_out[:3], "code": held_out[3:]}
         policies = [DynamicLoading({"web": 5.0, "code": 3.0})]
-    result = train(model, text, policies, SETTINGS, validation=validation, state_dir=state, on_event=hear)
+    # a difference in the last digit moves some weight by a whole code, and the more the larger the steps
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-3) if kind == "quantised" else SETTINGS
+    result = train(model, text, policies, settings, validation=validation, state_dir=state, on_event=hear)
     # a stock model again
     model(windows[:1])
     copy.deepcopy(model)
