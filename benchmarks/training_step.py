@@ -4,7 +4,8 @@
 
 Student and teacher are the same dense model, the loss is the forward divergence alone, a step reads 32 x 1024 tokens
 (on a CPU and with ``--quick`` far fewer). Beside it a plain script: both models compiled whole, logits in full,
-the same micro-batches unless ``--plain-micro-batch`` says otherwise. The first row times the matrix products alone.
+the same micro-batches unless ``--plain-micro-batch`` says otherwise. The first row times the matrix products alone;
+``ast`` and ``shear`` are captured steps with 2:4 masks that follow the weights, and with gates on every space.
 On a GPU the last table says what a captured step's time went into, by a profile of three.
 """
 
@@ -14,8 +15,9 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from shearling.anatomy import anatomy_of
+from shearling.methods.ast import ASTPolicy
+from shearling.methods.sheared_llama import Shearing, ShearingPolicy, gate_shapes
 from shearling.models import load_model, load_tokenizer
-from shearling.train import Distillation, TrainSettings, compiled, train
+from shearling.plan.patterns import Pattern
+from shearling.recipe import AST
+from shearling.train import Distillation, Policy, TrainSettings, compiled, train
 from shearling.train.flops import forward_flops, peak_flops
 
 COLUMNS = ["what", "micro_batch", "tokens_per_second", "ratio", "flops_utilisation", "peak_bytes", "device"]
@@ -57,7 +63,12 @@ def plain_steps(model: Any, teacher: Any, text: Tensor, settings: TrainSettings)
 
 
 def loop_steps(
-    model: Any, teacher: Any, text: Tensor, settings: TrainSettings, also: Callable[[], object] = lambda: None
+    model: Any,
+    teacher: Any,
+    text: Tensor,
+    settings: TrainSettings,
+    policies: Sequence[Policy] = (),
+    also: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Seconds of each step of the training loop; ``also`` is called after each."""
     events: list[dict[str, Any]] = []
@@ -67,7 +78,7 @@ def loop_steps(
         also()
 
     with compiled(teacher) if settings.compile else nullcontext():
-        train(model, text, [Distillation(teacher)], settings, on_event=keep)
+        train(model, text, [Distillation(teacher), *policies], settings, on_event=keep)
     return [settings.tokens_per_step / event["tokens_per_second"] for event in events if "loss" in event]
 
 
@@ -126,7 +137,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", nargs="+", type=int, help="windows at a time")
     parser.add_argument("--plain-micro-batch", type=int)
     parser.add_argument("--steps", type=int, help="steps, of which the first third does not count")
-    whats = ["products", "plain", "eager", "compiled", "captured", "recomputed", "profile"]
+    whats = ["products", "plain", "eager", "compiled", "captured", "ast", "shear", "recomputed", "profile"]
     parser.add_argument("--what", nargs="+", choices=whats, default=whats)
     parser.add_argument("--trace", type=Path, help="file for the profile's table of kernels")
     args = parser.parse_args()
@@ -172,7 +183,7 @@ def main() -> None:
     def measure(what: str, micro_batch: int) -> None:
         options: dict[str, Any] = {}
         if gpu:
-            captured = what in ("captured", "profile")
+            captured = what in ("captured", "ast", "shear", "profile")
             options = {"compile": what != "eager", "recompute": what == "recomputed", "capture": captured}
         settings = TrainSettings(
             tokens=steps * batch * length,
@@ -188,7 +199,16 @@ def main() -> None:
         if gpu:
             teacher.bfloat16()
             torch.cuda.reset_peak_memory_stats()
-        run = {"plain": plain_steps, "profile": profiled}.get(what, loop_steps)
+        anatomy = anatomy_of(dense.config)
+        if what == "ast":
+            run: Callable[..., Iterable[float]] = partial(
+                loop_steps, policies=[ASTPolicy(anatomy, Pattern(2, 4), AST(score="magnitude"))]
+            )
+        elif what == "shear":
+            keep = {space: shape[-1] - 1 for space, shape in gate_shapes(anatomy).items()}
+            run = partial(loop_steps, policies=[ShearingPolicy(anatomy, keep, Shearing())])
+        else:
+            run = {"plain": plain_steps, "profile": profiled}.get(what, loop_steps)
         seconds = list(run(student, teacher, text, settings))
         used = torch.cuda.max_memory_allocated() if gpu else None
         report(what, micro_batch, statistics.median(seconds[len(seconds) // 3 :]), used)
