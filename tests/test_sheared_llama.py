@@ -166,6 +166,8 @@ def test_counts_that_the_model_has_not() -> None:
         ShearingPolicy(anatomy, {"ffn": 49}, Shearing())
     with pytest.raises(ShearlingError, match="target: layers = 0; the model has 3"):
         ShearingPolicy(anatomy, {"layers": 0}, Shearing())
+    with pytest.raises(ShearlingError, match="nothing would be cut"):
+        ShearingPolicy(anatomy, {"layers": 3}, Shearing())
 
 
 def test_nothing_is_gated_where_nothing_is_cut() -> None:

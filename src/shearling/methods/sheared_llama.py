@@ -70,14 +70,18 @@ class ShearingPolicy(Policy):
         self.anatomy, self.shearing = anatomy, shearing
         #: only spaces that lose something have gates
         self.keep = {space: count for space, count in keep.items() if count < sizes[space][-1]}
+        if not self.keep:
+            raise ShearlingError("target: is the shape that the model has; nothing would be cut")
         self.log_alpha = {space: nn.Parameter(torch.empty(sizes[space])) for space in self.keep}
         self.multipliers = {space: nn.Parameter(torch.zeros(2)) for space in self.keep}
-        #: how many of the units that stay were dead when the gates were made 0 or 1, by space
-        self.dead: dict[str, int] = {}
+        #: how many of the units that stay were dead when the gates were made 0 or 1, by space; None until then
+        self.dead: dict[str, int] | None = None
         self._model: Any = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks = ExitStack()
-        self._places: dict[str, Tensor] = {}
+        #: what multiplies, by kind and row: tensors that stay the same, whose gradients add up over a batch
+        self._leaves: dict[str, list[Any]] = {}
+        #: what is in them now, as it was drawn
         self._drawn: dict[str, Tensor] = {}
 
     def attach(self, model: Any, settings: TrainSettings) -> None:
@@ -90,10 +94,11 @@ class ShearingPolicy(Policy):
             # drawn on the CPU, so that a seed means the same on every device
             start = START + SPREAD * torch.randn(log_alpha.shape)
             log_alpha.data.copy_(start.clamp_(-LIMIT, LIMIT))
-        with torch.no_grad():
-            self._places = {place: gates.clone() for place, gates in self._by_place(self._open()).items()}
-        for gates in self._places.values():
-            gates.requires_grad_()
+        ones = {space: torch.ones_like(log_alpha.detach()) for space, log_alpha in self.log_alpha.items()}
+        for kind, gates in self._by_kind(ones).items():
+            self._leaves[kind] = [row.clone().requires_grad_() for row in gates]
+        for leaf in self._all():
+            leaf.grad = torch.zeros_like(leaf)
         self._install(model)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -112,22 +117,23 @@ class ShearingPolicy(Policy):
         return True
 
     def begin_step(self, step: int, rng: torch.Generator) -> None:
-        if self.dead:
-            gates = self._binary()
-        else:
+        if self.dead is None:
             noise = {space: torch.rand(a.shape, generator=rng).to(a.device) for space, a in self.log_alpha.items()}
-            gates = {space: sample(a, noise[space]) for space, a in self.log_alpha.items()}
-        self._drawn = self._by_place(gates)
-        for place, gates in self._places.items():
-            gates.data.copy_(self._drawn[place].detach())
-            if gates.grad is not None:
-                gates.grad.zero_()
+            self._drawn = self._show({space: sample(a, noise[space]) for space, a in self.log_alpha.items()})
+        else:
+            self._drawn = self._show(self._binary())
+        torch._foreach_zero_(
+            [leaf.grad for leaves in self._leaves.values() for leaf in leaves if leaf.grad is not None]
+        )
 
     def after_backward(self, ctx: StepContext) -> None:
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = self.shearing.learning_rate * ctx.rate
-        if self.dead:
+        if self.dead is not None:
+            for parameter in (*self.log_alpha.values(), *self.multipliers.values()):
+                # a gradient of zero would let them drift on
+                parameter.grad = None
             return
         lagrangian = torch.zeros((), device=ctx.device)
         for space, log_alpha in self.log_alpha.items():
@@ -141,18 +147,18 @@ class ShearingPolicy(Policy):
             gates = settled(self.log_alpha["layers"].detach())
             ctx.metrics |= {f"layer/{number}": gate for number, gate in enumerate(gates)}
         ctx.metrics["lagrangian"] = lagrangian.detach()
-        gradients = [join().mean_(gates.grad) for gates in self._places.values() if gates.grad is not None]
-        drawn = [self._drawn[place] for place, gates in self._places.items() if gates.grad is not None]
-        torch.autograd.backward([*drawn, lagrangian], [*gradients, torch.ones_like(lagrangian)])
+        gradients = [torch.stack([leaf.grad for leaf in leaves]) for leaves in self._leaves.values()]
+        gradients = [join().mean_(gradient) for gradient in gradients]
+        torch.autograd.backward([*self._drawn.values(), lagrangian], [*gradients, torch.ones_like(lagrangian)])
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
         for log_alpha in self.log_alpha.values():
             log_alpha.clamp_(-LIMIT, LIMIT)
         done = ctx.step + 1
-        if not self.dead and done >= ctx.total_steps - max(1, round(self.shearing.binary * ctx.total_steps)):
+        if self.dead is None and done >= ctx.total_steps - max(1, round(self.shearing.binary * ctx.total_steps)):
             self.dead = {space: self._count_dead(space) for space in self.keep}
-        ctx.metrics |= {f"dead/{space}": count for space, count in self.dead.items()}
+        ctx.metrics |= {f"dead/{space}": count for space, count in (self.dead or {}).items()}
         if done == ctx.total_steps or (self._validate_every and done % self._validate_every == 0):
             self._show(self._expected())
 
@@ -165,54 +171,53 @@ class ShearingPolicy(Policy):
     @torch.no_grad()
     def finalize(self) -> Sequence[Edit]:
         self._hooks.close()
-        self._model, self._optimizer, self._places, self._drawn = None, None, {}, {}
+        self._model, self._optimizer, self._leaves, self._drawn = None, None, {}, {}
         return [
             structure_of(self.anatomy, {space: most_open(a, self.keep[space]) for space, a in self.log_alpha.items()})
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"dead": dict(self.dead), "log_alpha": {k: v.detach() for k, v in self.log_alpha.items()},
+        return {"dead": self.dead, "log_alpha": {k: v.detach() for k, v in self.log_alpha.items()},
                 "multipliers": {k: v.detach() for k, v in self.multipliers.items()}}  # fmt: skip
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.dead = dict(state["dead"])
+        self.dead = state["dead"]
         for name, parameters in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
             for space, parameter in parameters.items():
                 parameter.copy_(state[name][space])
 
     def _install(self, model: Any) -> None:
-        """Let the gates at their places multiply what they belong to."""
-        anatomy, places = self.anatomy, self._places
+        """Let the gates multiply what they belong to."""
+        anatomy, leaves = self.anatomy, self._leaves
         inputs = (("ffn", anatomy.family.ffn_output, 1), ("heads", anatomy.family.attention_output, anatomy.head_dim))
         paths = {
-            anatomy.path(layer, linear): (places[f"{kind}.{layer}"], width)
+            anatomy.path(layer, linear): (gates, width)
             for kind, linear, width in inputs
-            for layer in range(anatomy.num_layers)
-            if f"{kind}.{layer}" in places
+            for layer, gates in enumerate(leaves.get(kind, ()))
         }
         for path, linear in wrap_(model, paths).items():
             linear.transforms.append(InputGate(*paths[path], linear.transposed))
         self._hooks.callback(_drop_gates_, model, tuple(paths))
-        if "hidden" in places:
-            self._hooks.enter_context(HiddenGates(model, places["hidden"]))
-        for layer in range(anatomy.num_layers if "layers" in self.keep else 0):
+        for gates in leaves.get("hidden", ()):
+            self._hooks.enter_context(HiddenGates(model, gates))
+        for layer, gates in enumerate(leaves.get("layers", ())):
             for name in anatomy.family.branch_outputs:
                 module = model.get_submodule(anatomy.path(layer, name))
                 # on the module, so that torch compiles one hook for all
-                module.gate = places[f"layer.{layer}"]
+                module.gate = gates
                 self._hooks.callback(delattr, module, "gate")
                 self._hooks.callback(module.register_forward_hook(_times_gate).remove)
 
-    def _open(self) -> dict[str, Tensor]:
-        return {space: torch.ones_like(a) for space, a in self.log_alpha.items()}
+    def _all(self) -> list[Any]:
+        return [leaf for leaves in self._leaves.values() for leaf in leaves]
 
     def _binary(self) -> dict[str, Tensor]:
         return {space: most_open(a, self.keep[space]).to(a.dtype) for space, a in self.log_alpha.items()}
 
     def _expected(self) -> dict[str, Tensor]:
         """Gates without noise: of each row as many are closed as are expected to be."""
-        if self.dead:
+        if self.dead is not None:
             return self._binary()
         found = {}
         for space, log_alpha in self.log_alpha.items():
@@ -222,31 +227,28 @@ class ShearingPolicy(Policy):
             found[space] = torch.where(rank < open_[..., None], settled(log_alpha), 0.0)
         return found
 
-    def _show(self, gates: Mapping[str, Tensor]) -> None:
-        for place, value in self._by_place(gates).items():
-            self._places[place].data.copy_(value)
+    def _show(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let the model multiply these gates; returns them by kind."""
+        kinds = self._by_kind(gates)
+        for kind, rows in kinds.items():
+            torch._foreach_copy_([leaf.data for leaf in self._leaves[kind]], list(rows.detach().unbind()))
+        return kinds
 
     def _count_dead(self, space: str) -> int:
         log_alpha = self.log_alpha[space]
         return int((most_open(log_alpha, self.keep[space]) & (settled(log_alpha) < ALIVE)).sum())
 
-    def _by_place(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gates by what they multiply: ``hidden``, ``layer.<l>``, ``ffn.<l>``, and ``heads.<l>``, one a query head."""
-        found: dict[str, Tensor] = {}
+    def _by_kind(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gates by what they multiply, in rows: ``hidden`` [1, D], ``layers`` [L], ``ffn`` [L, F], ``heads`` [L, H]."""
+        found = {kind: gates[kind] for kind in ("layers", "ffn") if kind in gates}
         if "hidden" in gates:
-            found["hidden"] = gates["hidden"]
-        heads = None
-        if "query_head" in gates or "kv_group" in gates:
-            shape = gate_shapes(self.anatomy)["query_head"]
-            one = torch.ones((), device=next(iter(gates.values())).device)
-            heads = (gates.get("kv_group", one)[..., None] * gates.get("query_head", one)).expand(shape).flatten(1)
-        for layer in range(self.anatomy.num_layers):
-            if "layers" in gates:
-                found[f"layer.{layer}"] = gates["layers"][layer]
-            if "ffn" in gates:
-                found[f"ffn.{layer}"] = gates["ffn"][layer]
-            if heads is not None:
-                found[f"heads.{layer}"] = heads[layer]
+            found["hidden"] = gates["hidden"][None]
+        groups, heads = gates.get("kv_group"), gates.get("query_head")
+        if heads is not None:
+            found["heads"] = (heads if groups is None else heads * groups[..., None]).flatten(1)
+        elif groups is not None:
+            shape = self.anatomy.shapes[0]
+            found["heads"] = groups.repeat_interleave(shape.query_heads // shape.kv_heads, dim=1)
         return found
 
 
