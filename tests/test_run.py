@@ -21,10 +21,11 @@ import shearling
 from shearling.data import corpus_tokens, pack
 from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
+from shearling.methods.corpora import separator_of
 from shearling.models import load_model, load_tokenizer
-from shearling.recipe import Recipe, load_recipe, parse_recipe
+from shearling.recipe import LoRA, Recipe, load_recipe, parse_recipe
 from shearling.run import Interrupted, cut, run
-from tests.tiny import tiny_folder, tiny_tokens
+from tests.tiny import tiny_folder, tiny_tokenizer, tiny_tokens
 
 WORDS = "the sheep stood on the hill and the wind went over the grass while the shearer counted them one by one. "
 
@@ -187,6 +188,34 @@ def test_where_a_teacher_lies_and_what_it_is_called_change_no_bit(tmp_path: Path
     for name, recipe in (("away", with_teacher(tmp_path, teacher_offload=True)), ("named", named)):
         found = final_weights(recipe, tmp_path / name)
         assert found.keys() == expected.keys() and all(torch.equal(t, expected[k]) for k, t in found.items())
+
+
+def test_documents_apart_in_text_teacher_and_cache(tmp_path: Path) -> None:
+    texts = ["some short words", "a b c", "more and more of them"] * 60
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "short.jsonl").write_text(lines)
+    text = str(tmp_path / "short.jsonl")
+
+    def first_loss(name: str, **changes: Any) -> float:
+        run(with_teacher(tmp_path, text=text, validation=text, validation_windows=2, **changes), tmp_path / name)
+        events = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return next(event["loss"] for event in events if "loss" in event)
+
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 97}
+    apart = first_loss("apart", documents="apart")
+    assert abs(first_loss("together") - apart) > 1e-3
+    assert first_loss("cached", documents="apart", **cache) == pytest.approx(apart, rel=1e-3)
+    with pytest.raises(ShearlingError, match="a cache with separator=2, not None"):
+        first_loss("other", **cache)
+
+
+def test_documents_apart_need_a_token_that_ends_them() -> None:
+    stage = LoRA(documents="apart")
+    tokenizer = tiny_tokenizer()
+    assert separator_of(stage, tokenizer) == 2 and separator_of(LoRA(), tokenizer) is None
+    tokenizer.eos_token = None
+    with pytest.raises(ShearlingError, match=r"^documents = 'apart': the tokenizer has no end-of-sequence token"):
+        separator_of(stage, tokenizer)
 
 
 def test_recovery_layerwise_from_a_deeper_teacher(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains", "shear")
+KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains", "shear", "documents")
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -49,10 +50,10 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
     if kind == "lora":
         policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
     if kind == "ast":
-        settings = AST(refresh_every=2, decay=1e-3, score="activation-refreshed", slorb=SLoRB(size=8))
+        wish = AST(refresh_every=2, decay=1e-3, score="activation-refreshed", slorb=SLoRB(size=8))
         policies = [
             Distillation(tiny_model("llama", seed=3)),
-            ASTPolicy(anatomy_of(model.config), Pattern(2, 4), settings),
+            ASTPolicy(anatomy_of(model.config), Pattern(2, 4), wish),
         ]
     if kind == "spp":
         weights = {name: p.detach() for name, p in model.named_parameters() if "_proj" in name}
@@ -65,6 +66,10 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
             Distillation(tiny_model("llama", seed=3)),
             ShearingPolicy(anatomy_of(model.config), keep, Shearing(learning_rate=0.05, binary=0.2)),
         ]
+    # some tokens of the random text end documents, so processes have unequally many labels
+    settings = dataclasses.replace(SETTINGS, separator=7) if kind == "documents" else SETTINGS
+    if kind == "documents":
+        policies = [Distillation(tiny_model("llama", seed=3), weight=0.5)]
     scores = []
 
     def hear(event: dict[str, Any]) -> None:
@@ -80,7 +85,7 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
         text = Domains({"web": windows[:13], "code": windows[13:]}, {"web": 0.4, "code": 0.6})
         validation = {"web": held_out[:3], "code": held_out[3:]}
         policies = [DynamicLoading({"web": 5.0, "code": 3.0})]
-    result = train(model, text, policies, SETTINGS, validation=validation, state_dir=state, on_event=hear)
+    result = train(model, text, policies, settings, validation=validation, state_dir=state, on_event=hear)
     # a stock model again
     model(windows[:1])
     copy.deepcopy(model)

@@ -23,8 +23,8 @@ from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
 
 
-def recovery_settings(recipe: Recipe, stage: TrainStage) -> TrainSettings:
-    """What the training loop is told."""
+def recovery_settings(recipe: Recipe, stage: TrainStage, separator: int | None) -> TrainSettings:
+    """What the training loop is told; ``separator`` as ``separator_of`` has it."""
     return TrainSettings(
         tokens=stage.tokens,
         length=stage.length,
@@ -39,6 +39,7 @@ def recovery_settings(recipe: Recipe, stage: TrainStage) -> TrainSettings:
         recompute=stage.recompute,
         compile=stage.compile,
         capture=stage.capture,
+        separator=separator,
         validate_every=stage.validate_every,
         keep=stage.keep,
         seed=recipe.seed,
@@ -97,7 +98,8 @@ def recovery_memory(
     beside = own if not teaches or dtype != next(dense.parameters()).dtype else 0
     return training_memory(
         model,
-        recovery_settings(recipe, stage),
+        # which token it is counts for nothing here
+        recovery_settings(recipe, stage, None if stage.documents == "together" else 0),
         policies,
         compute=compute,
         teacher=in_dtype(dense, dtype) if teaches else None,

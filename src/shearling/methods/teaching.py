@@ -54,14 +54,20 @@ def _check_sizes(model: str, stage: TrainStage, teacher: str) -> None:
 
 @contextmanager
 def teaching(
-    recipe: Recipe, stage: TrainStage, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
+    recipe: Recipe,
+    stage: TrainStage,
+    model: Any,
+    dense: Any,
+    windows: Tensor | Windows,
+    separator: int | None,
+    on_event: OnEvent,
 ) -> Iterator[list[Policy]]:
     """The policies by which ``model`` follows the teacher of a recovery over ``windows``; none where it has none."""
     if not (stage.distill or stage.layerwise):
         yield []
         return
     with ExitStack() as stack:
-        teacher = build_teacher(recipe, stage, model, dense, windows, on_event, stack)
+        teacher = build_teacher(recipe, stage, model, dense, windows, separator, on_event, stack)
         policies: list[Policy] = []
         if stage.distill:
             kind, temperature = stage.divergence, stage.temperature
@@ -77,6 +83,7 @@ def build_teacher(
     model: Any,
     dense: Any,
     windows: Tensor | Windows,
+    separator: int | None,
     on_event: OnEvent,
     stack: ExitStack,
 ) -> Teacher | CachedTeacher:
@@ -91,6 +98,7 @@ def build_teacher(
         # the teacher is not even loaded
         cached = CachedTeacher(folder, windows)
         cached.check_vocabulary(vocab)
+        cached.check_separator(separator)
         wanted = str(resolve(stage.teacher or recipe.model))
         for name, found, asked in (
             ("teacher", cached.teacher, wanted),
@@ -109,6 +117,7 @@ def build_teacher(
                 k=stage.teacher_top_k,
                 batch=stage.micro_batch,
                 vocab=vocab,
+                separator=separator,
                 on_progress=lambda done, total: on_event({"stage": "teacher", "done": done, "total": total}),
             )
     world.wait()

@@ -71,7 +71,7 @@ class LayerwiseDistillation(Policy):
         return self.teacher.resident
 
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
-        taught = self.teacher.states(ctx.input_ids).blocks
+        taught = self.teacher.states(ctx.input_ids, ctx.position_ids).blocks
         errors = [relative_error(self._outputs[mine], taught[theirs]) for mine, theirs in self._pairs]
         # their graph is the loss's from here on
         self._outputs.clear()

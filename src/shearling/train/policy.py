@@ -21,8 +21,9 @@ class StepContext:
     ``step`` counts from 0. ``rate`` is this step's learning rate over the settings' ``learning_rate``, for policies
     with an optimizer of their own. ``input_ids`` and ``labels`` are [B, T] of the current micro-batch, ``labels[:, t]``
     being the token after ``input_ids[:, t]`` and -100 where there is none; ``indices`` [B] (int64, CPU) says which
-    windows they are. ``hidden`` is [B, T, D], the states before the head, with their graph, and None outside
-    ``loss_terms``. What a policy writes into ``metrics`` goes into the next event.
+    windows they are. ``position_ids`` [B, T] begin anew in every document where documents are kept apart, and are None
+    elsewhere; whoever runs a model gives them to it. ``hidden`` is [B, T, D], the states before the head, with their
+    graph, and None outside ``loss_terms``. What a policy writes into ``metrics`` goes into the next event.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepContext:
     input_ids: Tensor
     labels: Tensor
     indices: Tensor
+    position_ids: Tensor | None = None
     hidden: Tensor | None = None
     cross_entropy: float = 0.0
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
