@@ -33,7 +33,19 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "untied", "domains", "shear", "documents")
+KINDS = (
+    "entropy",
+    "distillation",
+    "layerwise",
+    "lora",
+    "ast",
+    "spp",
+    "untied",
+    "domains",
+    "shear",
+    "documents",
+    "projected",
+)
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -47,6 +59,8 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
     if kind == "layerwise":
         teacher = Teacher(tiny_model("llama", seed=3))
         policies = [LayerwiseDistillation(teacher, 0.5), Distillation(teacher)]
+    if kind == "projected":
+        policies = [LayerwiseDistillation(tiny_model("llama", seed=3, hidden_size=48), 0.5)]
     if kind == "lora":
         policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
     if kind == "ast":

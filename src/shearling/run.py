@@ -320,7 +320,7 @@ class _Session:
             assert isinstance(held_out, dict), "recipes have validation texts for it"
             policies.append(dynamic_loading(stage, stage.loading, parameters, dense, held_out, settings, tell))
         state = self.folder.state / ("train" if stage.stage == "recover" else stage.stage)
-        with teaching(recipe, stage, model, dense, text, settings.separator, self._say) as followed:
+        with teaching(recipe, stage, model, dense, text, settings.separator, outcome.edits, self._say) as followed:
             policies += followed
             result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
         if result.stopped:

@@ -96,6 +96,10 @@ def recovery_memory(
     own = sum(p.numel() * p.element_size() for p in dense.parameters())
     # the dense model stays for the comparison afterwards; in another precision it teaches as a copy
     beside = own if not teaches or dtype != next(dense.parameters()).dtype else 0
+    width, taught = (anatomy_of(m.config).hidden for m in (model, dense))
+    if teaches and stage.layerwise and width != taught:
+        # the projection of layerwise losses with its gradient and two moments
+        beside += 4 * 4 * width * taught
     return training_memory(
         model,
         # which token it is counts for nothing here

@@ -43,8 +43,8 @@ class StepContext:
 class Policy:
     """A method's part in training; every hook does nothing unless overridden.
 
-    Policies are called in their order in the list. Once: ``check_domains`` of all, ``attach`` of all, ``param_groups``
-    and ``optimizer`` of all, ``load_state_dict`` if a run is resumed. Then every step:
+    Policies are called in their order in the list. Once: ``check_domains`` of all, ``attach`` of all, ``param_groups``,
+    ``optimizer`` and ``auxiliary_groups`` of all, ``load_state_dict`` if a run is resumed. Then every step:
 
         begin_step                  before anything is computed
         loss_terms                  for each micro-batch, after the forward pass
@@ -77,6 +77,13 @@ class Policy:
         model are trained; otherwise only those named.
         """
         return None
+
+    def auxiliary_groups(self) -> list[dict[str, Any]]:
+        """Groups as in ``param_groups`` of the policy's own parameters that a loss needs, beside whatever is trained.
+
+        They say nothing about the model's: all of these are trained if nobody names one.
+        """
+        return []
 
     def optimizer(self) -> torch.optim.Optimizer | None:
         """An optimizer of the policy's own, over parameters that no other holds; the loop steps and saves it.
