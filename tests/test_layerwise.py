@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from shearling.train import (
     offloaded,
     train,
 )
-from shearling.train.layerwise import even_pairs, relative_error
+from shearling.train.head import blocks_of
+from shearling.train.layerwise import even_pairs, projection_start, relative_error
 from tests.tiny import tiny_model, tiny_tokens
 
 LENGTH = 12
@@ -70,6 +72,111 @@ def test_loss_and_gradient_equal_the_formula_in_float64(family, layers):
     wanted = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
     for name, gradient in wanted.items():
         assert (gradients.found[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-9, name
+
+
+class Projection(Gradients):
+    """Keeps the projection of another policy as it is at the first step, and its gradient."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def after_backward(self, ctx):
+        super().after_backward(ctx)
+        projection = self.policy.projection
+        self.start, self.slope = projection.detach().clone(), projection.grad.clone()
+
+
+@pytest.mark.parametrize("kept", [None, tuple(range(1, 64, 2))])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_projected_loss_and_gradients_equal_the_formula_in_float64(family, kept):
+    wider = {"hidden_size": 64, **({"word_embed_proj_dim": 64} if family == "opt" else {}), **DEEPER}
+    windows, pairs = some_windows()[:4], [(0, 1), (1, 3), (2, 4)]
+    # one micro-batch, whose gradient in float32 is the batch's
+    settings = dataclasses.replace(SETTINGS, micro_batch=4, tokens=4 * LENGTH, clip=None)
+    policy = LayerwiseDistillation(tiny_model(family, seed=1, **wider), 0.7, kept=kept)
+    seen = Projection(policy)
+    result = train(tiny_model(family), windows, [policy, seen], settings)
+
+    def states(model):
+        found = []
+        for block in blocks_of(model):
+            block.register_forward_hook(lambda module, args, out: found.append(out))
+        model.base_model(windows)
+        return found
+
+    exact = tiny_model(family).double()
+    with torch.no_grad():
+        taught = states(tiny_model(family, seed=1, **wider).double())
+    own, projection = states(exact), seen.start.double().requires_grad_()
+    error = torch.stack(
+        [((own[i] @ projection.T - taught[j]) ** 2).sum(-1) / (taught[j] ** 2).sum(-1) for i, j in pairs]
+    ).mean()
+    (0.7 * error).backward()
+    assert result.losses[0] == pytest.approx(0.7 * error.item(), rel=1e-5)
+    wanted = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+    for name, gradient in wanted.items():
+        assert (seen.found[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-9, name
+    assert (seen.slope - projection.grad).norm() <= 2e-5 * projection.grad.norm()
+    if kept is None:
+        torch.testing.assert_close(seen.start.T @ seen.start, torch.eye(32), rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(seen.start, torch.eye(64)[:, list(kept)])
+
+
+def test_a_narrower_teacher_starts_from_orthonormal_rows():
+    start = projection_start(32, 24)
+    torch.testing.assert_close(start @ start.T, torch.eye(24), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_projection_is_trained_beside_what_else_is_and_dropped(lora):
+    model, teacher = tiny_model("llama"), tiny_model("llama", seed=1, hidden_size=48)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    classes = [(name, type(module)) for name, module in model.named_modules()]
+    policy = LayerwiseDistillation(teacher)
+
+    class Watch(Policy):
+        def __init__(self):
+            self.starts = []
+
+        def begin_step(self, step, rng):
+            self.starts.append(policy.projection.detach().clone())
+
+    watch = Watch()
+    policies = [policy, watch, *([LoRAPolicy(anatomy_of(model.config), [2, 3, 4])] if lora else [])]
+    result = train(model, some_windows(), policies, SETTINGS)
+    assert result.losses[-1] < 0.9 * result.losses[0]
+    assert all(not torch.equal(one, two) for one, two in pairwise(watch.starts))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    blocks = {name for name in before if "layers" in name}
+    # without other policies everything that the loss reaches is trained, as in a run without a projection
+    assert moved == ({name for name in blocks if "proj" in name} if lora else blocks | {"model.embed_tokens.weight"})
+    assert policy.projection is None and classes == [(name, type(module)) for name, module in model.named_modules()]
+    for module in (*model.modules(), *teacher.modules()):
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_a_projected_run_resumes_to_the_bit(micro_batch, tmp_path):
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=2, micro_batch=micro_batch, weight_decay=0.1)
+
+    class Stop(Exception):
+        pass
+
+    def start(folder, at=None):
+        def stop(event):
+            if event["step"] == at:
+                raise Stop
+
+        model, policy = tiny_model("llama"), LayerwiseDistillation(tiny_model("llama", seed=1, hidden_size=48))
+        result = train(model, some_windows(), [policy], settings, state_dir=folder, on_event=stop)
+        return result.losses, model.state_dict()
+
+    losses, tensors = start(None)
+    with pytest.raises(Stop):
+        start(tmp_path, 4)
+    again, other = start(tmp_path)
+    assert losses == again and all(torch.equal(tensor, other[name]) for name, tensor in tensors.items())
 
 
 def test_relative_error_by_hand():
@@ -173,8 +280,10 @@ def test_unusable_teachers_and_layers_are_named(tmp_path):
     def start(*args):
         train(model, some_windows(), [LayerwiseDistillation(*args)], SETTINGS)
 
-    with pytest.raises(ShearlingError, match="hidden size 64, the model's is 32"):
-        start(tiny_model("llama", hidden_size=64))
+    for kept in (range(31), range(33, 65), [0] * 32):
+        policy = LayerwiseDistillation(tiny_model("llama", hidden_size=64), kept=kept)
+        with pytest.raises(ShearlingError, match=r"^kept: must be 32 of the teacher's hidden dimensions 0 to 63, each"):
+            train(model, some_windows(), [policy], SETTINGS)
     with pytest.raises(ShearlingError, match=r"layers \(0, 3\): the model has blocks 0 to 2, the teacher 0 to 2"):
         start(teacher, 1.0, [(0, 3)])
     with pytest.raises(ShearlingError, match=r"layers \(-1, 0\)"):

@@ -69,7 +69,11 @@ class Living(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"micro_batch": 8}], ids=["parts", "recomputed", "whole"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recompute": True}, {"micro_batch": 8}, {"separator": 7}],
+    ids=["parts", "recomputed", "whole", "documents"],
+)
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("kind", ["full", "lora", "spp"])
 def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind: str) -> None:

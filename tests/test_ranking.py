@@ -305,3 +305,15 @@ def test_a_recipe_is_previewed_from_shapes_alone(family: str, recover: dict[str,
     made = plan_stage(tiny_model(family), tiny_tokens(), recipe.first)
     assert planned.after == made.plan.after
     assert ("peak_bytes" in planned.estimate) == (recover is not None)
+
+
+def test_the_memory_of_a_projection_is_told() -> None:
+    def peak(hidden: int, **changes: float) -> int:
+        training = {"stage": "recover", "method": "full", "batch": 1, "length": 8, "distill": 1, **changes}
+        recipe = recipe_of({"hidden": hidden, "ffn": 20}, recover=training)
+        with torch.device("meta"):
+            return preview_recipe(recipe, tiny_model("llama").to("meta")).estimate["peak_bytes"]
+
+    # itself, its gradient and two moments
+    assert peak(16, layerwise=1) - peak(16) == 16 * 16 * 32
+    assert peak(32, layerwise=1) == peak(32)

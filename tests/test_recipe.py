@@ -103,6 +103,7 @@ def test_mistakes_are_named_with_a_remedy(recipe_file: Path, override: str, part
         ({"distill": 1, "teacher_offload": True, "teacher_compile": True}, "leave teacher_offload off"),
         ({"recompute": True, "capture": True}, "capture = True: leave recompute off"),
         ({"distill": 1, "teacher_cache": "c", "capture": True}, "capture = True: leave teacher_cache off"),
+        ({"documents": "apart", "capture": True}, "capture = True: leave documents together"),
     ],
 )
 def test_options_of_a_teacher_that_do_not_go_together(recipe_file: Path, changes: dict[str, object], what: str) -> None:

@@ -21,10 +21,14 @@ import shearling
 from shearling.data import corpus_tokens, pack
 from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
+from shearling.methods import teaching
+from shearling.methods.corpora import separator_of
 from shearling.models import load_model, load_tokenizer
-from shearling.recipe import Recipe, load_recipe, parse_recipe
+from shearling.plan import Structure, load_edits
+from shearling.recipe import LoRA, Recipe, load_recipe, parse_recipe
 from shearling.run import Interrupted, cut, run
-from tests.tiny import tiny_folder, tiny_tokens
+from shearling.train import LayerwiseDistillation
+from tests.tiny import tiny_folder, tiny_tokenizer, tiny_tokens
 
 WORDS = "the sheep stood on the hill and the wind went over the grass while the shearer counted them one by one. "
 
@@ -189,9 +193,38 @@ def test_where_a_teacher_lies_and_what_it_is_called_change_no_bit(tmp_path: Path
         assert found.keys() == expected.keys() and all(torch.equal(t, expected[k]) for k, t in found.items())
 
 
-def test_recovery_layerwise_from_a_deeper_teacher(tmp_path: Path) -> None:
-    deeper = str(tiny_folder(tmp_path / "deeper", num_hidden_layers=5, vocab_size=120))
-    recipe = with_teacher(tmp_path, layerwise=0.1, teacher=deeper, teacher_dtype="bfloat16")
+def test_documents_apart_in_text_teacher_and_cache(tmp_path: Path) -> None:
+    texts = ["some short words", "a b c", "more and more of them"] * 60
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "short.jsonl").write_text(lines)
+    text = str(tmp_path / "short.jsonl")
+
+    def first_loss(name: str, **changes: Any) -> float:
+        run(with_teacher(tmp_path, text=text, validation=text, validation_windows=2, **changes), tmp_path / name)
+        events = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return next(event["loss"] for event in events if "loss" in event)
+
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 97}
+    apart = first_loss("apart", documents="apart")
+    assert abs(first_loss("together") - apart) > 1e-3
+    assert first_loss("cached", documents="apart", **cache) == pytest.approx(apart, rel=1e-3)
+    with pytest.raises(ShearlingError, match="a cache with separator=2, not None"):
+        first_loss("other", **cache)
+
+
+def test_documents_apart_need_a_token_that_ends_them() -> None:
+    stage = LoRA(documents="apart")
+    tokenizer = tiny_tokenizer()
+    assert separator_of(stage, tokenizer) == 2 and separator_of(LoRA(), tokenizer) is None
+    tokenizer.eos_token = None
+    with pytest.raises(ShearlingError, match=r"^documents = 'apart': the tokenizer has no end-of-sequence token"):
+        separator_of(stage, tokenizer)
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 5, "vocab_size": 120}, {"hidden_size": 64}])
+def test_recovery_layerwise_from_a_larger_teacher(tmp_path: Path, sizes: dict[str, int]) -> None:
+    larger = str(tiny_folder(tmp_path / "larger", **sizes))
+    recipe = with_teacher(tmp_path, layerwise=0.1, teacher=larger, teacher_dtype="bfloat16")
     run(recipe, tmp_path / "out")
     events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if "layerwise" in event]
@@ -293,6 +326,33 @@ def test_retraining_under_masks_that_follow(tmp_path: Path) -> None:
     assert all("flip_rate" in event for event in steps[1:])
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_narrowed_model_follows_the_dense_one_from_what_was_kept(
+    tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class Recorded(LayerwiseDistillation):
+        def __init__(self, *args: Any, kept: Any) -> None:
+            given.append(kept)
+            super().__init__(*args, kept=kept)
+
+    monkeypatch.setattr(teaching, "LayerwiseDistillation", Recorded)
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    content["stages"][0] = {"stage": "prune", "method": "minitron", "target": {"hidden": 16, "layers": 2}}
+    changes = {"teacher": str(tmp_path / "dense")} if named else {}
+    content["stages"][1] |= {"method": "full", "layerwise": 1.0, "cross_entropy": 0.0, **changes}
+    del content["stages"][1]["mean_rank"]
+    run(parse_recipe(content), tmp_path / "out")
+    (structure,) = load_edits(tmp_path / "out" / "state" / "edits")
+    assert isinstance(structure, Structure) and len(structure.kept["hidden"]) == 16
+    # another model may have other dimensions, whatever its name
+    assert given == [None if named else structure.kept["hidden"]]
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if "loss" in event]
+    assert losses[-1] < losses[0]
+
+
 def test_recovery_from_a_cache_that_is_made_once(tmp_path: Path) -> None:
     cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 20}
     events: list[dict[str, Any]] = []
@@ -308,19 +368,10 @@ def test_recovery_from_a_cache_that_is_made_once(tmp_path: Path) -> None:
             run(with_teacher(tmp_path, **{**cache, **changes}), tmp_path / f"three-{len(changes)}-{what[-2:]}")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "changes", "what"),
-    [
-        ({"vocab_size": 60}, {}, "vocabulary of 60, the model's is 97"),
-        ({"hidden_size": 64}, {"layerwise": 1.0}, "hidden size 64, the model's is 32"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused_before_anything(
-    tmp_path: Path, sizes: dict[str, int], changes: dict[str, float], what: str
-) -> None:
-    teacher = str(tiny_folder(tmp_path / "teacher", **sizes))
-    with pytest.raises(ShearlingError, match=f"^teacher .*{what}[^\n]*$"):
-        run(with_teacher(tmp_path, teacher=teacher, **changes), tmp_path / "out")
+def test_a_teacher_that_does_not_fit_is_refused_before_anything(tmp_path: Path) -> None:
+    teacher = str(tiny_folder(tmp_path / "teacher", vocab_size=60))
+    with pytest.raises(ShearlingError, match="^teacher .*vocabulary of 60, the model's is 97[^\n]*$"):
+        run(with_teacher(tmp_path, teacher=teacher), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shearling.nn import LoRABranch, wrap_
 from shearling.train import chunked_cross_entropy, chunked_divergence
-from shearling.train.gradients import next_tokens
+from shearling.train.documents import next_tokens
 from shearling.train.head import Head, hidden_states, output_head
 from tests.tiny import FAMILIES, tiny_model, tiny_tokens
 

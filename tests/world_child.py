@@ -33,7 +33,20 @@ SETTINGS = TrainSettings(
     tokens=10 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-2, log_every=1, checkpoint_every=1,
     validate_every=4,
 )  # fmt: skip
-KINDS = ("entropy", "distillation", "layerwise", "lora", "ast", "spp", "quantised", "untied", "domains", "shear")
+KINDS = (
+    "entropy",
+    "distillation",
+    "layerwise",
+    "lora",
+    "ast",
+    "spp",
+    "quantised",
+    "untied",
+    "domains",
+    "shear",
+    "documents",
+    "projected",
+)
 
 
 def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dict[str, Any]:
@@ -47,13 +60,15 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
     if kind == "layerwise":
         teacher = Teacher(tiny_model("llama", seed=3))
         policies = [LayerwiseDistillation(teacher, 0.5), Distillation(teacher)]
+    if kind == "projected":
+        policies = [LayerwiseDistillation(tiny_model("llama", seed=3, hidden_size=48), 0.5)]
     if kind == "lora":
         policies = [LoRAPolicy(anatomy_of(model.config), [2, 3, 4])]
     if kind == "ast":
-        settings = AST(refresh_every=2, decay=1e-3, score="activation-refreshed", slorb=SLoRB(size=8))
+        wish = AST(refresh_every=2, decay=1e-3, score="activation-refreshed", slorb=SLoRB(size=8))
         policies = [
             Distillation(tiny_model("llama", seed=3)),
-            ASTPolicy(anatomy_of(model.config), Pattern(2, 4), settings),
+            ASTPolicy(anatomy_of(model.config), Pattern(2, 4), wish),
         ]
     if kind == "quantised":
         policies = [
@@ -70,6 +85,12 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
             Distillation(tiny_model("llama", seed=3)),
             ShearingPolicy(anatomy_of(model.config), keep, Shearing(learning_rate=0.05, binary=0.2)),
         ]
+    # some tokens of the random text end documents, so processes have unequally many labels
+    # of quantised weights a difference in the last digit moves some by a whole code, and the more the larger the steps
+    own: dict[str, Any] = {"documents": {"separator": 7}, "quantised": {"learning_rate": 1e-3}}
+    settings = dataclasses.replace(SETTINGS, **own.get(kind, {}))
+    if kind == "documents":
+        policies = [Distillation(tiny_model("llama", seed=3), weight=0.5)]
     scores = []
 
     def hear(event: dict[str, Any]) -> None:
@@ -85,8 +106,6 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
         text = Domains({"web": windows[:13], "code": windows[13:]}, {"web": 0.4, "code": 0.6})
         validation = {"web": held_out[:3], "code": held_out[3:]}
         policies = [DynamicLoading({"web": 5.0, "code": 3.0})]
-    # a difference in the last digit moves some weight by a whole code, and the more the larger the steps
-    settings = dataclasses.replace(SETTINGS, learning_rate=1e-3) if kind == "quantised" else SETTINGS
     result = train(model, text, policies, settings, validation=validation, state_dir=state, on_event=hear)
     # a stock model again
     model(windows[:1])

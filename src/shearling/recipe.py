@@ -271,6 +271,8 @@ class _Train(_Strict):
     text: Annotated[str | None, Field(validate_default=True)] = None
     tokens: Tokens = 1_000_000
     length: Annotated[int, Field(ge=2)] = 512
+    #: of a window; apart, each has attention and positions of its own, and its first token is not predicted
+    documents: Literal["together", "apart"] = "together"
     batch: Tokens = 8
     micro_batch: Tokens = 8
     warmup: Annotated[float, Field(ge=0)] = 0.05
@@ -386,6 +388,8 @@ class _Train(_Strict):
         for other in ("recompute", "teacher_offload", "teacher_cache"):
             if value and found.data.get(other):
                 raise ValueError(f"leave {other} off; a CUDA graph repeats its kernels and nothing else")
+        if value and found.data.get("documents") == "apart":
+            raise ValueError("leave documents together; a CUDA graph weighs all windows alike")
         return value
 
     @field_validator("teacher_cache")

@@ -19,7 +19,13 @@ from shearling.evaluate import divergence, evaluate_tasks, generate_samples, per
 from shearling.events import OnEvent
 from shearling.export import save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
-from shearling.methods.corpora import dynamic_loading, given_references, training_windows, validation_windows
+from shearling.methods.corpora import (
+    dynamic_loading,
+    given_references,
+    separator_of,
+    training_windows,
+    validation_windows,
+)
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import plan_stage
@@ -297,7 +303,7 @@ class _Session:
         recipe, dense = self.recipe, self.dense[0]
         text = training_windows(recipe, stage, self.dense[1])
         held_out = validation_windows(stage, self.dense[1])
-        settings = recovery_settings(recipe, stage)
+        settings = recovery_settings(recipe, stage, separator_of(stage, self.dense[1]))
         masks, norms = masks_of(outcome.edits) if isinstance(stage, AST | SPP) else None, None
         if isinstance(stage, AST):
             unmask_(model, dense, outcome.edits)
@@ -314,7 +320,7 @@ class _Session:
             assert isinstance(held_out, dict), "recipes have validation texts for it"
             policies.append(dynamic_loading(stage, stage.loading, parameters, dense, held_out, settings, tell))
         state = self.folder.state / ("train" if stage.stage == "recover" else stage.stage)
-        with teaching(recipe, stage, model, dense, text, self._say) as followed:
+        with teaching(recipe, stage, model, dense, text, settings.separator, outcome.edits, self._say) as followed:
             policies += followed
             result = train(model, text, policies, settings, validation=held_out, state_dir=state, on_event=tell)
         if result.stopped:

@@ -34,6 +34,18 @@ def training_windows(recipe: Recipe, stage: TrainStage, tokenizer: Any) -> Tenso
     return Domains({name: read(domain.text) for name, domain in stage.domains.items()}, weights)
 
 
+def separator_of(stage: TrainStage, tokenizer: Any) -> int | None:
+    """The token by which a recovery keeps documents apart, None where they stay together.
+
+    Raises ShearlingError for a tokenizer that ends no document.
+    """
+    if stage.documents == "together":
+        return None
+    if tokenizer.eos_token_id is None:
+        raise ShearlingError("documents = 'apart': the tokenizer has no end-of-sequence token; leave them together")
+    return tokenizer.eos_token_id
+
+
 def validation_windows(stage: TrainStage, tokenizer: Any) -> Tensor | dict[str, Tensor] | None:
     """What a recovery is scored on: the first windows of its held-out text, or of every domain's."""
     wanted = stage.validation_windows

@@ -23,8 +23,8 @@ from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
 
 
-def recovery_settings(recipe: Recipe, stage: TrainStage) -> TrainSettings:
-    """What the training loop is told."""
+def recovery_settings(recipe: Recipe, stage: TrainStage, separator: int | None) -> TrainSettings:
+    """What the training loop is told; ``separator`` as ``separator_of`` has it."""
     return TrainSettings(
         tokens=stage.tokens,
         length=stage.length,
@@ -39,6 +39,7 @@ def recovery_settings(recipe: Recipe, stage: TrainStage) -> TrainSettings:
         recompute=stage.recompute,
         compile=stage.compile,
         capture=stage.capture,
+        separator=separator,
         validate_every=stage.validate_every,
         keep=stage.keep,
         seed=recipe.seed,
@@ -95,9 +96,14 @@ def recovery_memory(
     own = sum(p.numel() * p.element_size() for p in dense.parameters())
     # the dense model stays for the comparison afterwards; in another precision it teaches as a copy
     beside = own if not teaches or dtype != next(dense.parameters()).dtype else 0
+    width, taught = (anatomy_of(m.config).hidden for m in (model, dense))
+    if teaches and stage.layerwise and width != taught:
+        # the projection of layerwise losses with its gradient and two moments
+        beside += 4 * 4 * width * taught
     return training_memory(
         model,
-        recovery_settings(recipe, stage),
+        # which token it is counts for nothing here
+        recovery_settings(recipe, stage, None if stage.documents == "together" else 0),
         policies,
         compute=compute,
         teacher=in_dtype(dense, dtype) if teaches else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from shearling.data import Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.models import check_finite, load_config, load_model, resolve
+from shearling.plan import Edit, Structure
 from shearling.recipe import Recipe, TrainStage
 from shearling.train import (
     CachedTeacher,
@@ -34,41 +35,52 @@ def check_teacher(recipe: Recipe) -> None:
     """Raise ShearlingError, from the configs alone, for a named teacher that the recipe's model cannot follow."""
     for stage in recipe.trained:
         if stage.teacher is not None:
-            _check_sizes(recipe.model, stage, stage.teacher)
+            _check_vocabulary(recipe.model, stage.teacher)
 
 
-def _check_sizes(model: str, stage: TrainStage, teacher: str) -> None:
-    # what pruning does to the hidden size is seen when the policies are attached
+def _check_vocabulary(model: str, teacher: str) -> None:
     own, theirs = (load_config(name).get_text_config() for name in (model, teacher))
     if theirs.vocab_size < own.vocab_size:
         raise ShearlingError(
             f"teacher {teacher!r}: vocabulary of {theirs.vocab_size}, the model's is {own.vocab_size}; it must "
             "be the same or begin with the model's"
         )
-    if stage.layerwise and theirs.hidden_size != own.hidden_size:
-        raise ShearlingError(
-            f"teacher {teacher!r}: hidden size {theirs.hidden_size}, the model's is {own.hidden_size}; layerwise "
-            "losses need the same"
-        )
 
 
 @contextmanager
 def teaching(
-    recipe: Recipe, stage: TrainStage, model: Any, dense: Any, windows: Tensor | Windows, on_event: OnEvent
+    recipe: Recipe,
+    stage: TrainStage,
+    model: Any,
+    dense: Any,
+    windows: Tensor | Windows,
+    separator: int | None,
+    edits: Sequence[Edit],
+    on_event: OnEvent,
 ) -> Iterator[list[Policy]]:
-    """The policies by which ``model`` follows the teacher of a recovery over ``windows``; none where it has none."""
+    """The policies by which ``model``, which ``edits`` made of ``dense``, follows the teacher of a recovery.
+
+    None where it has none. ``windows`` are what the recovery reads, ``separator`` as ``separator_of`` has it.
+    """
     if not (stage.distill or stage.layerwise):
         yield []
         return
     with ExitStack() as stack:
-        teacher = build_teacher(recipe, stage, model, dense, windows, on_event, stack)
+        teacher = build_teacher(recipe, stage, model, dense, windows, separator, on_event, stack)
         policies: list[Policy] = []
         if stage.distill:
             kind, temperature = stage.divergence, stage.temperature
             policies.append(Distillation(teacher, weight=stage.distill, temperature=temperature, kind=kind))
         if stage.layerwise:
-            policies.append(LayerwiseDistillation(teacher, stage.layerwise))
+            policies.append(LayerwiseDistillation(teacher, stage.layerwise, kept=_kept_hidden(stage, edits)))
         yield policies
+
+
+def _kept_hidden(stage: TrainStage, edits: Sequence[Edit]) -> tuple[int, ...] | None:
+    """The teacher's hidden dimensions that a cut left, None where nothing says so or another model teaches."""
+    if stage.teacher is not None:
+        return None
+    return next((e.kept["hidden"] for e in edits if isinstance(e, Structure) and "hidden" in e.kept), None)
 
 
 def build_teacher(
@@ -77,6 +89,7 @@ def build_teacher(
     model: Any,
     dense: Any,
     windows: Tensor | Windows,
+    separator: int | None,
     on_event: OnEvent,
     stack: ExitStack,
 ) -> Teacher | CachedTeacher:
@@ -91,6 +104,7 @@ def build_teacher(
         # the teacher is not even loaded
         cached = CachedTeacher(folder, windows)
         cached.check_vocabulary(vocab)
+        cached.check_separator(separator)
         wanted = str(resolve(stage.teacher or recipe.model))
         for name, found, asked in (
             ("teacher", cached.teacher, wanted),
@@ -109,6 +123,7 @@ def build_teacher(
                 k=stage.teacher_top_k,
                 batch=stage.micro_batch,
                 vocab=vocab,
+                separator=separator,
                 on_progress=lambda done, total: on_event({"stage": "teacher", "done": done, "total": total}),
             )
     world.wait()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
 from shearling.plan import write_bytes, write_whole
+from shearling.train.documents import document_positions
 from shearling.train.head import Head, output_head
 from shearling.train.loss import through_head
 from shearling.train.teachers import Teacher
@@ -38,6 +39,7 @@ def cache_teacher(
     k: int = 64,
     batch: int = 8,
     vocab: int | None = None,
+    separator: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     chunk: int = 512,
     on_progress: Callable[[int, int], None] | None = None,
@@ -45,8 +47,9 @@ def cache_teacher(
     """Keep a teacher's k likeliest next tokens at every position of all windows [n, T], at temperature 1.
 
     ``teacher`` is a model or a ``Teacher``; ``vocab`` (all of its own by default) says how many of its first tokens
-    make up the distribution. ``batch`` windows pass at a time, and ``chunk`` tokens through the head. A folder that was
-    begun with the same arguments goes on after its last finished shard, and a finished one is returned as it is.
+    make up the distribution; ``separator`` keeps documents apart as in ``TrainSettings``. ``batch`` windows pass at a
+    time, and ``chunk`` tokens through the head. A folder that was begun with the same arguments goes on after its last
+    finished shard, and a finished one is returned as it is.
 
     Raises ShearlingError for a folder of something else, tokens or a vocabulary that the teacher has not, and a place
     that cannot be written.
@@ -74,6 +77,7 @@ def cache_teacher(
         "vocab": vocab,
         "k": min(k, vocab),
         "temperature": 1,
+        "separator": separator,
         "dtype": np.dtype("<u2" if vocab <= 1 << 16 else "<u4").str,
         "per_shard": per_shard,
     }
@@ -112,6 +116,8 @@ class CachedTeacher:
         self.teacher: str = index["teacher"]
         self.count, self.length, self.k = index["count"], index["length"], index["k"]
         self.vocab: int = index["vocab"]
+        # caches from before documents could be apart do not say
+        self.separator: int | None = index.get("separator")
         self._digest = index["windows"]
         self._ids = np.dtype(index["dtype"])
         self._per_shard, self._window_bytes = index["per_shard"], _window_bytes(index)
@@ -138,6 +144,13 @@ class CachedTeacher:
         if vocab != self.vocab:
             raise ShearlingError(
                 f"{self.folder}: a cache of a vocabulary of {self.vocab}, the model's is {vocab}; give another folder"
+            )
+
+    def check_separator(self, separator: int | None) -> None:
+        """Raise ShearlingError where the cache was made with documents apart and these are together, or otherwise."""
+        if separator != self.separator:
+            raise ShearlingError(
+                f"{self.folder}: a cache with separator={self.separator}, not {separator}; give another folder"
             )
 
     def rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +220,7 @@ def _shard(
     probs: list[bytes] = []
     ids: list[bytes] = []
     for part in rows.split(batch):
-        found = _top(teacher, text[part], header["k"], header["vocab"], chunk)
+        found = _top(teacher, text[part], header, chunk)
         probs.append(found[0].numpy().astype(_LOG_PROB).tobytes())
         ids.append(found[1].numpy().astype(header["dtype"]).tobytes())
         if on_progress is not None:
@@ -216,9 +229,11 @@ def _shard(
 
 
 @torch.no_grad()
-def _top(teacher: Teacher, windows: Tensor, k: int, vocab: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _top(teacher: Teacher, windows: Tensor, header: dict[str, Any], chunk: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities and ids [B, T, k] of the likeliest tokens, on the CPU."""
-    hidden = teacher.states(windows.to(teacher.device).long()).hidden
+    k, vocab = header["k"], header["vocab"]
+    ids = windows.to(teacher.device).long()
+    hidden = teacher.states(ids, document_positions(ids, header["separator"])).hidden
     weight, bias, softcap = teacher.head()
     head = Head(weight[:vocab], None if bias is None else bias[:vocab], softcap)
     found: list[tuple[Tensor, Tensor]] = []

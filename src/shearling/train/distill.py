@@ -54,6 +54,7 @@ class Distillation(Policy):
     def attach(self, model: nn.Module, settings: TrainSettings) -> None:
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.check_vocabulary(output_head(model).weight.shape[0])
+            self.teacher.check_separator(settings.separator)
         else:
             self.teacher.follow(model)
 
@@ -75,7 +76,7 @@ class Distillation(Policy):
         found = chunked_head_loss(
             ctx.hidden,
             head,
-            self.teacher.states(ctx.input_ids).hidden,
+            self.teacher.states(ctx.input_ids, ctx.position_ids).hidden,
             self.teacher.head(),
             ctx.labels,
             self.temperature,

@@ -8,10 +8,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shearling.captured import Captured, NotCapturable
 from shearling.errors import ShearlingError
+from shearling.train.documents import document_positions, next_tokens
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
 from shearling.train.policy import Policy, StepContext
@@ -35,7 +36,7 @@ class Gradients:
     """
 
     def __init__(self, policies: Sequence[Policy], settings: TrainSettings, device: torch.device, world: World) -> None:
-        self._policies, self._settings = policies, settings
+        self._policies, self._settings, self._world = policies, settings, world
         self._captured: _CapturedWork | None = None
         if not settings.capture:
             return
@@ -50,28 +51,36 @@ class Gradients:
     def __call__(self, ctx: StepContext, ids: Tensor, micro_batch: int) -> Tensor:
         """Accumulate the gradients of a batch [B, T]; returns its loss. Several terms are noted in the metrics."""
         total = torch.zeros((), device=ctx.device)
+        whole = self._whole(ids)
         for rows, indices in zip(ids.split(micro_batch), ctx.indices.split(micro_batch), strict=True):
             here = replace(ctx, input_ids=rows, indices=indices)
             # a batch's last rows may be fewer
             alike = len(rows) == min(micro_batch, len(ids))
+            share = _weight(rows, self._settings) / whole
             if self._settings.capture and alike:
-                found = self._replay(here, len(ids))
+                found = self._replay(here, share)
             else:
-                found = _work(here, self._policies, self._settings, len(ids))
+                found = _work(here, self._policies, self._settings, share)
             total += found.total
             if len(found.terms) > 1:
                 for name, term in found.terms.items():
                     ctx.metrics[name] = ctx.metrics.get(name, 0.0) + term
         return total
 
-    def _replay(self, ctx: StepContext, batch: int) -> Losses:
+    def _whole(self, ids: Tensor) -> float | Tensor:
+        """Weight of the batch [B, T], over all processes, in units of this process' part."""
+        weight = _weight(ids, self._settings)
+        # windows are shared out evenly, labels are not
+        return self._world.mean_(weight).clamp(min=1 / self._world.size) if isinstance(weight, Tensor) else weight
+
+    def _replay(self, ctx: StepContext, share: float | Tensor) -> Losses:
         shape = ctx.input_ids.shape
         if self._captured is None or self._captured.ids.shape != shape:
             # the graph of another size goes first, with its memory
             self._captured = None
             buffer = ctx.input_ids.clone()
             own = replace(ctx, input_ids=buffer)
-            self._captured = _CapturedWork(partial(_work, own, self._policies, self._settings, batch), buffer)
+            self._captured = _CapturedWork(partial(_work, own, self._policies, self._settings, share), buffer)
         try:
             return self._captured(ctx.input_ids)
         except NotCapturable as error:
@@ -101,10 +110,17 @@ class _CapturedWork:
         self._found = self._work()
 
 
-def _work(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, batch: int) -> Losses:
-    """Run the model forward and backward on the context's windows, which are some of ``batch``."""
-    ctx.labels = next_tokens(ctx.input_ids)
-    share = len(ctx.input_ids) / batch
+def _weight(ids: Tensor, settings: TrainSettings) -> float | Tensor:
+    """What windows [B, T] weigh in a mean: their number, or that of their labels where windows differ in it."""
+    if settings.separator is None:
+        return float(len(ids))
+    return (next_tokens(ids, settings.separator) != IGNORE).sum().float()
+
+
+def _work(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings, share: float | Tensor) -> Losses:
+    """Run the model forward and backward on the context's windows, which have that share in their batch."""
+    ctx.labels = next_tokens(ctx.input_ids, settings.separator)
+    ctx.position_ids = document_positions(ctx.input_ids, settings.separator)
     terms = within(ctx.model, lambda: _loss_terms(ctx, policies, settings))
     ctx.hidden = None
     if not terms:
@@ -114,16 +130,11 @@ def _work(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings,
     return Losses(loss.detach(), {name: term.detach() * share for name, term in terms.items()})
 
 
-def next_tokens(input_ids: Tensor) -> Tensor:
-    """Labels [B, T]: the token after each one, -100 after the last."""
-    return nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
-
-
 def _loss_terms(ctx: StepContext, policies: Sequence[Policy], settings: TrainSettings) -> dict[str, Tensor]:
     """Run the model on the context's windows; its losses by name."""
     terms: dict[str, Tensor] = {}
     with autocast(ctx.device, settings):
-        ctx.hidden = hidden_states(ctx.model, ctx.input_ids)
+        ctx.hidden = hidden_states(ctx.model, ctx.input_ids, ctx.position_ids)
         ctx.cross_entropy = settings.cross_entropy
         for policy in policies:
             for name, term in policy.loss_terms(ctx).items():

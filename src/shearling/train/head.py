@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from transformers import masking_utils
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.nn import EffectiveLinear
+from shearling.train.documents import document_masks, document_numbers
 
 
 class Head(NamedTuple):
@@ -26,30 +27,43 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
-    """States [B, T, D] that the output head reads, without running the head; every row is a whole sequence."""
-    with _whole_sequences():
-        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """States [B, T, D] that the output head reads, without running the head.
+
+    Every row is a whole sequence, or with ``position_ids`` [B, T], which begin anew in each, several documents that do
+    not see one another.
+    """
+    if position_ids is None:
+        with _answered(_WHOLE):
+            return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    # made here, since not every family tells transformers of positions when it makes a mask (OPT does not)
+    with _answered(_PACKED):
+        masks = document_masks(model, position_ids)
+    return model.base_model(
+        input_ids=input_ids, attention_mask=masks, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
 
 
 #: what transformers asks before it makes a mask -> the answer for rows that are whole sequences
-_ANSWERS: dict[str, Callable[..., Any]] = {
+_WHOLE: dict[str, Callable[..., Any]] = {
     "find_packed_sequence_indices": lambda position_ids: None,
     "is_tracing": lambda tensor=None: False,
 }
+#: and for rows of several documents
+_PACKED: dict[str, Callable[..., Any]] = {"find_packed_sequence_indices": document_numbers}
 
 
 @contextmanager
-def _whole_sequences() -> Iterator[None]:
-    """Within, transformers does not look for packed sequences.
+def _answered(answers: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within, transformers does not look for packed sequences but is told.
 
     Looking waits for the device. Where it cannot look, while a CUDA graph is captured, it writes out a causal mask, and
     with one there is no flash attention.
     """
-    asked = {name: getattr(masking_utils, name) for name in _ANSWERS if hasattr(masking_utils, name)}
+    asked = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
     try:
         for name in asked:
-            setattr(masking_utils, name, _ANSWERS[name])
+            setattr(masking_utils, name, answers[name])
         yield
     finally:
         for name, function in asked.items():

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
@@ -25,10 +25,22 @@ class LayerwiseDistillation(Policy):
     The loss is the mean of |h - t|^2 / |t|^2 over tokens and pairs, h and t [hidden] being what a block of the model
     and one of the teacher leave in the residual stream. ``layers`` lists pairs (the model's block, the teacher's
     block), from 0; None pairs every block of the model as ``even_pairs`` does. The teacher is a model or a ``Teacher``
-    that other policies share, of the same hidden size.
+    that other policies share.
+
+    Where hidden sizes differ, h is P h with one P [teacher's hidden, model's hidden] for all pairs, since all blocks of
+    a model write to the stream in one basis; it is trained with the model and dropped in the end (as W_h of TinyBERT,
+    arXiv 1909.10351). ``kept`` lists the teacher's dimensions that the model's
+    were cut from; ``projection_start`` says what P starts from.
     """
 
-    def __init__(self, teacher: Any, weight: float = 1.0, layers: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        weight: float = 1.0,
+        layers: Sequence[tuple[int, int]] | None = None,
+        *,
+        kept: Sequence[int] | None = None,
+    ) -> None:
         if not weight > 0:
             raise ShearlingError(f"layerwise weight {weight}: must be above 0")
         if isinstance(teacher, CachedTeacher):
@@ -36,16 +48,15 @@ class LayerwiseDistillation(Policy):
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.weight = weight
         self.layers = layers
+        self.kept = kept
+        #: P, None where hidden sizes are equal
+        self.projection: nn.Parameter | None = None
         self._pairs: list[tuple[int, int]] = []
         self._hooks = ExitStack()
         self._outputs: dict[int, Tensor] = {}
 
     def attach(self, model: Any, settings: TrainSettings) -> None:
         own, theirs = anatomy_of(model.config), anatomy_of(self.teacher.model.config)
-        if own.hidden != theirs.hidden:
-            raise ShearlingError(
-                f"teacher: hidden size {theirs.hidden}, the model's is {own.hidden}; layerwise losses need the same"
-            )
         pairs = even_pairs(own.num_layers, theirs.num_layers) if self.layers is None else list(self.layers)
         for mine, taught in pairs:
             if not (0 <= mine < own.num_layers and 0 <= taught < theirs.num_layers):
@@ -55,6 +66,10 @@ class LayerwiseDistillation(Policy):
                 )
         if not pairs:
             raise ShearlingError("layers: is empty; give pairs of blocks, or None for all")
+        if own.hidden != theirs.hidden:
+            # drawn on the CPU, so that a seed means the same on every device
+            start = projection_start(own.hidden, theirs.hidden, self.kept)
+            self.projection = nn.Parameter(start.to(next(model.parameters()).device))
         self.teacher.follow(model, (taught for _, taught in pairs))
         self._pairs = pairs
         blocks = blocks_of(model)
@@ -64,15 +79,21 @@ class LayerwiseDistillation(Policy):
         clear = model.base_model.register_forward_pre_hook(lambda module, args: self._outputs.clear())
         self._hooks.callback(clear.remove)
 
+    def auxiliary_groups(self) -> list[dict[str, Any]]:
+        # decay would only pull what is compared towards 0
+        return [] if self.projection is None else [{"params": [self.projection], "weight_decay": 0.0}]
+
     def flops_per_token(self, length: int) -> float:
-        return self.teacher.flops_per_token(length)
+        # forward, and backward by the states and by P
+        projected = 0 if self.projection is None else 6 * self.projection.numel() * len(self._pairs)
+        return self.teacher.flops_per_token(length) + projected
 
     def capturable(self) -> bool:
         return self.teacher.resident
 
     def loss_terms(self, ctx: StepContext) -> dict[str, Tensor]:
-        taught = self.teacher.states(ctx.input_ids).blocks
-        errors = [relative_error(self._outputs[mine], taught[theirs]) for mine, theirs in self._pairs]
+        taught = self.teacher.states(ctx.input_ids, ctx.position_ids).blocks
+        errors = [relative_error(self._projected(self._outputs[mine]), taught[theirs]) for mine, theirs in self._pairs]
         # their graph is the loss's from here on
         self._outputs.clear()
         return {"layerwise": self.weight * torch.stack(errors).mean()}
@@ -80,7 +101,36 @@ class LayerwiseDistillation(Policy):
     def finalize(self) -> Sequence[Edit]:
         self._hooks.close()
         self.teacher.leave()
+        self.projection = None
         return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.projection is None else {"projection": self.projection.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.projection is not None:
+            self.projection.copy_(state["projection"])
+
+    def _projected(self, states: Tensor) -> Tensor:
+        if self.projection is None:
+            return states
+        return nn.functional.linear(states, self.projection.to(states.dtype))
+
+
+def projection_start(hidden: int, taught: int, kept: Sequence[int] | None = None) -> Tensor:
+    """What P [taught, hidden] starts from: the selection of the dimensions ``kept``, so that a cut loses nothing by it.
+
+    Where they are not known, orthonormal columns (rows, where ``hidden`` is the larger) drawn from torch's generator:
+    states keep their length. Raises ShearlingError for dimensions that the teacher has not, or not the model's number.
+    """
+    if kept is None:
+        return nn.init.orthogonal_(torch.empty(taught, hidden))
+    if len(set(kept)) != hidden or not all(0 <= dim < taught for dim in kept):
+        raise ShearlingError(f"kept: must be {hidden} of the teacher's hidden dimensions 0 to {taught - 1}, each once")
+    start = torch.zeros(taught, hidden)
+    start[list(kept), range(hidden)] = 1
+    return start
 
 
 def relative_error(states: Tensor, target: Tensor) -> Tensor:

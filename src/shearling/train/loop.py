@@ -18,9 +18,10 @@ from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.train.checkpoint import Checkpoints
 from shearling.train.compiled import compiled
+from shearling.train.documents import document_positions, next_tokens
 from shearling.train.events import Clock
 from shearling.train.flops import forward_flops, peak_flops
-from shearling.train.gradients import Gradients, compute_type, next_tokens
+from shearling.train.gradients import Gradients, compute_type
 from shearling.train.head import narrow_stream, output_head
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy, StepContext
@@ -233,7 +234,8 @@ def _loss(
         torch.manual_seed(derived_seed(settings.seed, "step", counters.step, *run.world.beside))
         # a captured step adds to the same tensors for ever
         run.optimizers.zero_grad(keep=settings.capture)
-        ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, next_tokens(ids), indices)
+        labels, places = next_tokens(ids, settings.separator), document_positions(ids, settings.separator)
+        ctx = StepContext(counters.step, settings.steps, run.model, ids.device, rate, ids, labels, indices, places)
         try:
             loss = gradients(ctx, ids, counters.micro_batch)
             return ctx, run.world.mean_(loss)

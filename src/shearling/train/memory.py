@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shearling.anatomy import anatomy_of
 from shearling.train.compiled import compiled
+from shearling.train.documents import document_positions
 from shearling.train.head import hidden_states, narrow_stream, output_head
 from shearling.train.optimizers import build_optimizers
 from shearling.train.policy import Policy
@@ -138,6 +139,6 @@ def _kept(model: Any, settings: TrainSettings, compute: torch.dtype | None) -> i
             stack.enter_context(compiled(model, _PARTITION))
         if settings.recompute:
             stack.enter_context(recomputed(model))
-        states = hidden_states(model, ids)
+        states = hidden_states(model, ids, document_positions(ids, settings.separator))
     del states
     return sum(kept.values())

@@ -54,6 +54,7 @@ def build_optimizers(model: nn.Module, policies: Sequence[Policy], settings: Tra
     own = tuple(optimizer for policy in policies if (optimizer := policy.optimizer()) is not None)
     if not groups and not own:
         groups = decay_groups(model.parameters(), settings.weight_decay)
+    groups += [dict(group) for policy in policies for group in policy.auxiliary_groups()]
     groups = [{**group, "params": list(group["params"])} for group in groups]  # pyrefly: ignore[bad-argument-type]
     groups = [group for group in groups if group["params"]]
     # pyrefly: ignore[not-iterable]

@@ -21,8 +21,9 @@ class StepContext:
     ``step`` counts from 0. ``rate`` is this step's learning rate over the settings' ``learning_rate``, for policies
     with an optimizer of their own. ``input_ids`` and ``labels`` are [B, T] of the current micro-batch, ``labels[:, t]``
     being the token after ``input_ids[:, t]`` and -100 where there is none; ``indices`` [B] (int64, CPU) says which
-    windows they are. ``hidden`` is [B, T, D], the states before the head, with their graph, and None outside
-    ``loss_terms``. What a policy writes into ``metrics`` goes into the next event.
+    windows they are. ``position_ids`` [B, T] begin anew in every document where documents are kept apart, and are None
+    elsewhere; whoever runs a model gives them to it. ``hidden`` is [B, T, D], the states before the head, with their
+    graph, and None outside ``loss_terms``. What a policy writes into ``metrics`` goes into the next event.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepContext:
     input_ids: Tensor
     labels: Tensor
     indices: Tensor
+    position_ids: Tensor | None = None
     hidden: Tensor | None = None
     cross_entropy: float = 0.0
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
@@ -41,8 +43,8 @@ class StepContext:
 class Policy:
     """A method's part in training; every hook does nothing unless overridden.
 
-    Policies are called in their order in the list. Once: ``check_domains`` of all, ``attach`` of all, ``param_groups``
-    and ``optimizer`` of all, ``load_state_dict`` if a run is resumed. Then every step:
+    Policies are called in their order in the list. Once: ``check_domains`` of all, ``attach`` of all, ``param_groups``,
+    ``optimizer`` and ``auxiliary_groups`` of all, ``load_state_dict`` if a run is resumed. Then every step:
 
         begin_step                  before anything is computed
         loss_terms                  for each micro-batch, after the forward pass
@@ -75,6 +77,13 @@ class Policy:
         model are trained; otherwise only those named.
         """
         return None
+
+    def auxiliary_groups(self) -> list[dict[str, Any]]:
+        """Groups as in ``param_groups`` of the policy's own parameters that a loss needs, beside whatever is trained.
+
+        They say nothing about the model's: all of these are trained if nobody names one.
+        """
+        return []
 
     def optimizer(self) -> torch.optim.Optimizer | None:
         """An optimizer of the policy's own, over parameters that no other holds; the loop steps and saves it.

@@ -23,6 +23,8 @@ class TrainSettings:
     next-token loss; at 0 it is not computed and policies must bring a loss. With ``recompute`` activations inside a
     block are computed again in the backward pass instead of kept; with ``compile`` torch compiles the blocks; with
     ``capture`` forward and backward pass become a CUDA graph, for small models that are done before they are launched.
+    With ``separator``, the token that documents end in, those of a window are kept apart: each has attention and
+    positions of its own, in training, validation and teachers, and its first token is not predicted.
     ``keep`` says which parameters a run ends with: the last, or those of the best validation.
     """
 
@@ -42,6 +44,7 @@ class TrainSettings:
     recompute: bool = False
     compile: bool = False
     capture: bool = False
+    separator: int | None = None
     keep: Literal["last", "best"] = "last"
     log_every: int = 10
     checkpoint_every: int = 0
@@ -59,12 +62,16 @@ class TrainSettings:
                 raise ShearlingError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.clip is not None and not self.clip > 0:
             raise ShearlingError(f"clip={self.clip}: must be above 0, or None for no clipping")
+        if self.separator is not None and self.separator < 0:
+            raise ShearlingError(f"separator={self.separator}: must be a token id, or None to keep documents together")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ShearlingError(f"schedule={self.schedule!r}: must be cosine, linear or constant")
         if self.keep not in ("last", "best"):
             raise ShearlingError(f"keep={self.keep!r}: must be last or best")
         if self.capture and self.recompute:
             raise ShearlingError("capture: a graph cannot compute activations again; leave recompute or capture off")
+        if self.capture and self.separator is not None:
+            raise ShearlingError("capture: a graph weighs all windows alike; leave documents together or capture off")
         if not 0 <= self.min_ratio <= 1:
             raise ShearlingError(f"min_ratio={self.min_ratio}: must lie in 0 to 1")
 

@@ -60,8 +60,11 @@ class Teacher:
             self._ids = self._taught = None
 
     @torch.no_grad()
-    def states(self, ids: Tensor) -> Taught:
-        """What the teacher says of ``ids`` [B, T]; the same tensor object is run once, until all policies have read."""
+    def states(self, ids: Tensor, position_ids: Tensor | None = None) -> Taught:
+        """What the teacher says of ``ids`` [B, T]; the same tensor object is run once, until all policies have read.
+
+        ``position_ids`` as in ``hidden_states``.
+        """
         if self._ids is not ids or self._taught is None:
             # what is left of a micro-batch that was given up goes before the next one comes
             self._ids, self._taught, self._served = ids, None, 0
@@ -70,7 +73,7 @@ class Teacher:
                 modules = blocks_of(self.model)
                 wanted = {layer: modules[layer] for layer in self._blocks}
             with outputs_of(wanted) as outputs:
-                self._taught = Taught(hidden_states(self.model, ids), outputs)
+                self._taught = Taught(hidden_states(self.model, ids, position_ids), outputs)
         taught = self._taught
         self._served += 1
         if self._served >= self._users:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shearling.errors import ShearlingError
-from shearling.train.gradients import autocast, next_tokens
+from shearling.train.documents import document_positions, next_tokens
+from shearling.train.gradients import autocast
 from shearling.train.head import hidden_states, output_head
 from shearling.train.loss import IGNORE, chunked_cross_entropy
 from shearling.train.settings import TrainSettings
@@ -49,7 +50,7 @@ def validation_loss(model: Any, windows: Tensor, settings: TrainSettings, world:
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, weight = torch.zeros(2, dtype=torch.float64, device=device)
     # all processes make equally many forward passes, those that have run out of windows over the last one again
     own = range(world.rank, len(windows), world.size)
     padded = list(own) + [len(windows) - 1] * (-(-len(windows) // world.size) - len(own))
@@ -58,16 +59,21 @@ def validation_loss(model: Any, windows: Tensor, settings: TrainSettings, world:
         counted = min(len(rows), max(0, len(own) - start))
         ids = windows[rows].to(device).long()
 
-        def score(ids: Tensor = ids, counted: int = counted) -> Tensor:
-            with autocast(device, settings):
-                weight, bias, softcap = output_head(model)
-                labels = next_tokens(ids)
-                labels[counted:] = IGNORE
-                return chunked_cross_entropy(hidden_states(model, ids), weight, labels, softcap, bias=bias)
+        labels = next_tokens(ids, settings.separator)
+        labels[counted:] = IGNORE
 
-        total += within(model, score) * counted
+        def score(ids: Tensor = ids, labels: Tensor = labels) -> Tensor:
+            with autocast(device, settings):
+                head, bias, softcap = output_head(model)
+                states = hidden_states(model, ids, document_positions(ids, settings.separator))
+                return chunked_cross_entropy(states, head, labels, softcap, bias=bias)
+
+        # in windows' worth of labels: documents apart leave some without one
+        share = ((labels != IGNORE).sum() / (ids.shape[1] - 1)).float()
+        total += within(model, score) * share
+        weight += share
     model.train(training)
-    return float(world.sum_(total)) / len(windows)
+    return float(world.sum_(total) / world.sum_(weight))
 
 
 def affordable_windows(batch: int, every: int, domains: int = 1, *, share: float = 0.05, trained: float = 1.0) -> int:
