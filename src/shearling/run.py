@@ -22,7 +22,7 @@ from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import dynamic_loading, given_references, training_windows, validation_windows
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
-from shearling.methods.stages import plan_stage
+from shearling.methods.stages import in_shape, plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
 from shearling.plan import (
@@ -62,6 +62,8 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     """
     check_teacher(recipe)
     check_tracker(recipe)
+    # what is recorded then names the shape, whatever a later version would propose
+    recipe = in_shape(recipe)
     for stage in recipe.trained:
         # only to see whether its file is one
         given_references(stage)
@@ -87,6 +89,7 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
         raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
     if out.exists():
         raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
+    recipe = in_shape(recipe)
     home = "cpu" if recipe.calibration.stream else recipe.device
     model, tokenizer = load(recipe.model, home, recipe.dtype)
     outcome = _outcome(recipe, recipe.first, model, tokenizer, None, on_event)
