@@ -480,7 +480,8 @@ def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     changes: dict[str, Any] = {"text": str(tmp_path / "recovery.txt"), "length": 32, "batch": 4, "micro_batch": 2}
     for stage in content["stages"]:
         if stage["stage"] == "shear":
-            stage["target"] = {size: SMALL_TARGET[size] for size in stage["target"]}
+            budget = "parameters" in stage["target"]
+            stage["target"] = {"parameters": 0.7} if budget else {size: SMALL_TARGET[size] for size in stage["target"]}
         if stage["stage"] in ("shear", "recover"):
             stage.update({**changes, "tokens": 256})
             if "domains" in stage:
@@ -495,7 +496,7 @@ def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
             stage["sampled"] = 2
         if stage.get("reconstruct"):
             stage["reconstruct"]["steps"] = 3
-    content["calibration"].update(small["calibration"])
+    content["calibration"] = {**content.get("calibration", {}), **small["calibration"]}
     content["evaluate"].update(small["evaluate"])
     return {**content, "model": small["model"], "device": "cpu"}
 

@@ -84,12 +84,12 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
 
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
+    recipe = in_shape(recipe)
     if recipe.first is None or isinstance(recipe.first, Shear):
         stage = recipe.stages[0].stage
         raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
     if out.exists():
         raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
-    recipe = in_shape(recipe)
     home = "cpu" if recipe.calibration.stream else recipe.device
     model, tokenizer = load(recipe.model, home, recipe.dtype)
     outcome = _outcome(recipe, recipe.first, model, tokenizer, None, on_event)
