@@ -150,5 +150,5 @@ def test_large_recipes_fit_what_they_are_written_for(
     loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model={tmp_path}"])
     plan = preview_recipe(loaded, empty_model(loaded.model, loaded.dtype), processes)
     assert size[0] <= plan.after.parameters <= size[1]
-    assert 20 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30
+    assert 16 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30
     assert ("memory of training, estimated", "", f"{plan.estimate['peak_bytes'] / 2**30:.1f} GiB", "") in plan.rows()
