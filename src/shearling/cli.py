@@ -69,10 +69,10 @@ def plan(
         from shearling.console import plan_table, shapes_table
 
         _print(plan_table(planned.rows(), f"{loaded.model}, {planned.method}"))
-        shapes = proposed(loaded, model)
-        if shapes:
+        found = proposed(loaded, model)
+        if found:
             stage: Any = loaded.first
-            _print(shapes_table(shapes, f"shapes within the budget; the recipe takes {stage.target.profile}"))
+            _print(shapes_table(found, f"shapes within the budget; the recipe takes {stage.target.profile}"))
 
 
 @app.command()
