@@ -57,7 +57,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    for name in ("run", "plan", "cut", "train", "eval", "report", "doctor", "schema"):
+    for name in ("run", "plan", "shapes", "cut", "train", "eval", "report", "doctor", "schema"):
         assert name in ended.stdout
 
 
@@ -103,6 +103,34 @@ def test_masks_without_a_recipe(tmp_path: Path, command: Any) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_shapes_for_a_budget(tmp_path: Path, command: Any) -> None:
+    dense = tiny_folder(tmp_path / "dense")
+    code, table, err = command("shapes", dense, "--parameters", 0.7)
+    assert code == 0, err
+    assert "kv heads" in table and "balanced" in table and "16,576" in table
+    code, text, err = command("shapes", dense, "--flops", 0.7, "--json")
+    assert code == 0, err
+    first = json.loads(text)[0]
+    assert first["name"] == "balanced" and 0 < first["share"] <= 0.7
+    assert set(first["target"]) == {"layers", "hidden", "heads", "kv_heads", "ffn"}
+    refused(command("shapes", dense), "shapes: needs one of parameters, bytes, flops")
+    refused(command("shapes", dense, "--bytes", 1, "--flops", 1), "and no other of them")
+    refused(command("shapes", dense, "--bytes", 10**9), "must be above 0 and below the")
+
+
+def test_the_plan_of_a_budget_shows_the_other_shapes(tmp_path: Path, command: Any) -> None:
+    file = make_recipe(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    content["stages"] = [{"stage": "shear", "method": "sheared-llama", "target": {"parameters": 0.7}}]
+    file.write_text(yaml.safe_dump(content))
+    code, table, err = command("plan", file)
+    assert code == 0, err
+    assert table.count("16,576") == 2 and "the recipe takes balanced" in table
+    code, text, err = command("plan", file, "--json")
+    assert code == 0 and json.loads(text)["after"]["parameters"] == 16576
+    refused(command("plan", file, "--set", "shear.target.profile=deeper"), "this budget has only balanced")
+
+
 def test_a_target_without_a_recipe(tmp_path: Path, command: Any) -> None:
     dense, out = tiny_folder(tmp_path / "dense"), tmp_path / "cut"
     text = tmp_path / "text.txt"
@@ -112,6 +140,8 @@ def test_a_target_without_a_recipe(tmp_path: Path, command: Any) -> None:
     assert code == 0, err
     assert "layers" in table
     assert len(load_file(out / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]) == 16
+    assert command("cut", dense, "--out", tmp_path / "half", *options, "--target", "parameters=0.7")[0] == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["num_hidden_layers"] == 2
     again = ("cut", dense, "--out", tmp_path / "other", *options)
     refused(command(*again, "--target", "fnn=16"), "prune.target.fnn", "did you mean ffn?")
     refused(command(*again, "--target", "ffn"), "prune.target.ffn = ''", "must be a valid integer")

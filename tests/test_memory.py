@@ -29,6 +29,22 @@ LLAMA3_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
+LLAMA2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+    vocab_size=32000, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+LLAMA3_2_3B = LlamaConfig(
+    hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+    head_dim=128, vocab_size=128256, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+#: recipe, the config of its model, processes, parameters that it ends with
+LARGE = [
+    ("cfsp-llama3-8b", LLAMA3_8B, 1, (6.7e9, 7.3e9)),
+    ("cfsp-llama3-8b-full", LLAMA3_8B, 8, (6.2e9, 6.4e9)),
+    ("shear-llama3.2-3b", LLAMA3_2_3B, 8, (1.287e9, 1.3e9)),
+    ("shear-llama2-7b-2.7b", LLAMA2_7B, 8, (2701560320, 2701560320)),
+    ("shear-llama2-7b-1.3b", LLAMA2_7B, 8, (1345423360, 1345423360)),
+]
 SIZES: dict[str, dict[str, int]] = {
     "llama": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "vocab_size": 997},
     "gpt2": {"n_embd": 128, "n_inner": 512, "n_layer": 6, "vocab_size": 997},
@@ -130,10 +146,13 @@ def test_a_large_model_is_estimated_from_its_config() -> None:
     assert next(model.parameters()).device.type == "meta"
 
 
-@pytest.mark.parametrize(("recipe", "processes"), [("cfsp-llama3-8b", 1), ("cfsp-llama3-8b-full", 8)])
-def test_large_recipes_fit_what_they_are_written_for(recipe: str, processes: int, tmp_path: Path) -> None:
-    LLAMA3_8B.save_pretrained(tmp_path)
+@pytest.mark.parametrize(("recipe", "config", "processes", "size"), LARGE, ids=[recipe for recipe, *_ in LARGE])
+def test_large_recipes_fit_what_they_are_written_for(
+    recipe: str, config: LlamaConfig, processes: int, size: tuple[float, float], tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
     loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model={tmp_path}"])
     plan = preview_recipe(loaded, empty_model(loaded.model, loaded.dtype), processes)
-    assert 20 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30
+    assert size[0] <= plan.after.parameters <= size[1]
+    assert 16 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30
     assert ("memory of training, estimated", "", f"{plan.estimate['peak_bytes'] / 2**30:.1f} GiB", "") in plan.rows()

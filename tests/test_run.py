@@ -468,6 +468,29 @@ def test_shearing_ends_in_the_exact_shape_also_when_stopped(tmp_path: Path) -> N
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.parametrize("stage", ["shear", "prune"])
+def test_a_run_within_a_budget_is_one_to_its_shape(tmp_path: Path, stage: str) -> None:
+    content = yaml.safe_load(sheared(tmp_path).dump())
+    if stage == "prune":
+        content["stages"][0] = {"stage": "prune", "method": "minitron"}
+    shape = {"layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 48}
+    content["stages"][0]["target"] = shape
+    expected = run(parse_recipe(content), tmp_path / "shape")
+    content["stages"][0]["target"] = {"parameters": 0.7}
+    within = parse_recipe(content)
+
+    def strike(event: dict[str, Any]) -> None:
+        if event.get("stage") == "recover" and event.get("step") == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(within, tmp_path / "budget", on_event=strike)
+    assert comparable(run(within, tmp_path / "budget", resume=True)) == comparable(expected)
+    texts = [(tmp_path / name / "recipe.yaml").read_text() for name in ("shape", "budget")]
+    assert texts[0] == texts[1]
+    assert expected["pruned"]["parameters"] <= 0.7 * expected["dense"]["parameters"]
+
+
 def test_a_target_that_does_not_fit_is_named_before_training(tmp_path: Path) -> None:
     content = yaml.safe_load(sheared(tmp_path).dump())
     content["stages"][0]["target"] = {"layers": 9}
@@ -508,7 +531,8 @@ def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     changes: dict[str, Any] = {"text": str(tmp_path / "recovery.txt"), "length": 32, "batch": 4, "micro_batch": 2}
     for stage in content["stages"]:
         if stage["stage"] == "shear":
-            stage["target"] = {size: SMALL_TARGET[size] for size in stage["target"]}
+            budget = "parameters" in stage["target"]
+            stage["target"] = {"parameters": 0.7} if budget else {size: SMALL_TARGET[size] for size in stage["target"]}
         if stage["stage"] in ("shear", "recover"):
             stage.update({**changes, "tokens": 256})
             if "domains" in stage:
@@ -523,7 +547,7 @@ def made_small(content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
             stage["sampled"] = 2
         if stage.get("reconstruct"):
             stage["reconstruct"]["steps"] = 3
-    content["calibration"].update(small["calibration"])
+    content["calibration"] = {**content.get("calibration", {}), **small["calibration"]}
     content["evaluate"].update(small["evaluate"])
     return {**content, "model": small["model"], "device": "cpu"}
 

@@ -19,11 +19,12 @@ from shearling.plan import (
     inventory_of,
     leading,
     propose_shapes,
+    resolve_target,
     shape_after,
     sizes,
     target_anatomy,
 )
-from shearling.recipe import Target
+from shearling.recipe import Budget, Target
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 
@@ -279,3 +280,26 @@ def test_budgets_that_no_shape_meets(budget: float, what: str) -> None:
     model = tiny_model("llama")
     with pytest.raises(ShearlingError, match=f"^[^\n]*{what}[^\n]*$"):
         propose_shapes(anatomy_of(model.config), inventory_of(model), budget, hidden_multiple=8, ffn_multiple=8)
+
+
+def test_a_budget_means_the_shape_that_is_proposed_for_its_profile() -> None:
+    model = on_meta("llama", **SMOLLM2)
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    found = {proposal.name: proposal for proposal in propose_shapes(anatomy, inventory, 0.5)}
+    assert resolve_target(anatomy, inventory, Budget(parameters=0.5)) == found["balanced"].target
+    for profile in ("deeper", "shallower"):
+        named = Budget(parameters=0.5 * 134515008, profile=profile)
+        assert resolve_target(anatomy, inventory, named) == found[profile].target
+    exact = Target(layers=20)
+    assert resolve_target(anatomy, inventory, exact) is exact
+    written = found["deeper"].to_json()
+    assert Target(**written["target"]) == found["deeper"].target
+    assert written["sizes"]["parameters"] == found["deeper"].sizes.parameters
+
+
+def test_a_profile_without_a_shape_of_its_own_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(
+        ShearlingError, match=r"^target.profile = 'deeper': this budget has only balanced; choose that$"
+    ):
+        resolve_target(anatomy_of(model.config), inventory_of(model), Budget(parameters=0.7, profile="deeper"))

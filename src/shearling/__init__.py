@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shearling.recipe import (
         CFSP,
         Baseline,
+        Budget,
         CFSPReference,
         Ranked,
         Recipe,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CFSP": "recipe",
     "Baseline": "recipe",
+    "Budget": "recipe",
     "CFSPReference": "recipe",
     "Ranked": "recipe",
     "Recipe": "recipe",
@@ -82,6 +84,7 @@ _HOME = {
 __all__ = [
     "CFSP",
     "Baseline",
+    "Budget",
     "CFSPReference",
     "Ranked",
     "Recipe",

@@ -58,16 +58,49 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
-    from shearling.methods.stages import preview_recipe
+    from shearling.methods.stages import preview_recipe, proposed
     from shearling.models import empty_model
 
-    planned = preview_recipe(loaded, empty_model(loaded.model, loaded.dtype), processes)
+    model = empty_model(loaded.model, loaded.dtype)
+    planned = preview_recipe(loaded, model, processes)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
-        from shearling.console import plan_table
+        from shearling.console import plan_table, shapes_table
 
         _print(plan_table(planned.rows(), f"{loaded.model}, {planned.method}"))
+        found = proposed(loaded, model)
+        if found:
+            stage: Any = loaded.first
+            _print(shapes_table(found, f"shapes within the budget; the recipe takes {stage.target.profile}"))
+
+
+@app.command()
+def shapes(
+    model: ModelArgument,
+    parameters: Annotated[float | None, typer.Option(help="below 1 a share, else a number")] = None,
+    size: Annotated[float | None, typer.Option("--bytes", help="of the weights, likewise")] = None,
+    flops: Annotated[float | None, typer.Option(help="of a token, likewise")] = None,
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Propose shapes that a model could be cut to within a budget, from its config alone."""
+    from shearling.recipe import Budget, parse_recipe
+
+    budget = parse_recipe({"parameters": parameters, "bytes": size, "flops": flops}, "shapes", Budget)
+    _quiet()
+    from shearling.anatomy import anatomy_of
+    from shearling.models import empty_model
+    from shearling.plan import inventory_of, propose_shapes
+
+    empty = empty_model(model, dtype)
+    found = propose_shapes(anatomy_of(empty.config), inventory_of(empty), budget.amount, budget.of)
+    if as_json:
+        typer.echo(json.dumps([proposal.to_json() for proposal in found], indent=2))
+    else:
+        from shearling.console import shapes_table
+
+        _print(shapes_table(found, f"{model}, {budget.amount:g} {budget.of.replace('_', ' ')}"))
 
 
 @app.command()
@@ -83,7 +116,10 @@ def cut(
     sparsity: Annotated[float, typer.Option(help="share removed, above 0 and below 1")] = 0.2,
     target: Annotated[
         list[str],
-        typer.Option(help="to a shape: layers, hidden, heads, kv_heads or ffn; may be repeated", metavar="SIZE=N"),
+        typer.Option(
+            help="shape (layers, hidden, heads, kv_heads, ffn) or budget (parameters, bytes, flops); may be repeated",
+            metavar="SIZE=N",
+        ),
     ] = [],  # noqa: B006
     pattern: Annotated[
         str | None, typer.Option(help="masks instead: N:M or unstructured, by magnitude, wanda, sparsegpt or alps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from shearling.plan import HEADINGS, Proposal
 from shearling.report import model_names
 
 
@@ -93,6 +95,16 @@ def plan_table(rows: list[tuple[str, str, str, str]], title: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def shapes_table(proposals: Sequence[Proposal], title: str) -> Table:
+    """Proposed shapes, one a row."""
+    table = Table(title=title)
+    for heading in HEADINGS:
+        table.add_column(heading.replace("_", " "), justify="right" if heading else "left")
+    for proposal in proposals:
+        table.add_row(*proposal.row())
     return table
 
 

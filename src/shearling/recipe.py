@@ -12,8 +12,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -156,16 +159,69 @@ class Target(_Strict):
         return self
 
 
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Budget(_Strict):
+    """What the model may weigh, or cost a token: one of three, below 1 a share of what it has, else a number.
+
+    ``propose_shapes`` finds shapes for it; ``profile`` says which of them is taken.
+    """
+
+    parameters: Amount | None = None
+    bytes: Amount | None = None
+    flops: Amount | None = None
+    profile: Literal["balanced", "deeper", "shallower"] = "balanced"
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(amount is not None for amount in (self.parameters, self.bytes, self.flops)) != 1:
+            raise ValueError("needs one of parameters, bytes, flops, and no other of them")
+        return self
+
+    @property
+    def of(self) -> Literal["parameters", "bytes", "flops_per_token"]:
+        """What is bounded."""
+        return "parameters" if self.parameters else "bytes" if self.bytes else "flops_per_token"
+
+    @property
+    def amount(self) -> float:
+        """The bound."""
+        return self.parameters or self.bytes or self.flops or 0.0
+
+
+def _named(value: Any, kind: type[BaseModel]) -> list[str]:
+    return [name for name in kind.model_fields if name in value] if isinstance(value, dict) else []
+
+
+def _form(value: Any) -> str:
+    return "budget" if isinstance(value, Budget) or _named(value, Budget) else "shape"
+
+
+def _one_form(value: Any) -> Any:
+    shape, budget = _named(value, Target), _named(value, Budget)
+    if shape and budget:
+        raise ValueError(
+            f"has {', '.join(shape)} of a shape and {', '.join(budget)} of a budget; give one or the other"
+        )
+    return value
+
+
+ShapeOrBudget = Annotated[
+    Annotated[Target, Tag("shape")] | Annotated[Budget, Tag("budget")], Discriminator(_form), BeforeValidator(_one_form)
+]
+
+
 class Ranked(_Strict):
     """Cut to an exact shape in one go: units ranked by one forward sweep, or drawn from the seed."""
 
     stage: Literal["prune"] = "prune"
     method: Literal["minitron", "shortgpt", "random-shape"]
-    target: Target
+    target: ShapeOrBudget
 
     @field_validator("target")
     @classmethod
-    def _whole_blocks(cls, value: Target, found: ValidationInfo) -> Target:
+    def _whole_blocks(cls, value: Target | Budget, found: ValidationInfo) -> Target | Budget:
         named = {size for size, wanted in value if wanted is not None}
         if found.data.get("method") == "shortgpt" and named != {"layers"}:
             raise ValueError("shortgpt drops whole blocks; name layers alone, or use minitron")
@@ -516,7 +572,7 @@ class Shear(_Train):
 
     stage: Literal["shear"] = "shear"
     method: Literal["sheared-llama"] = "sheared-llama"
-    target: Target
+    target: ShapeOrBudget
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     warmup: Annotated[float, Field(ge=0)] = 0.1
     #: of gates and multipliers; follows the same schedule
@@ -545,6 +601,8 @@ STAGES = ("prune", "sparsify", "shear", "recover")
 RECOVERIES = ("lora", "full", "ast", "spp")
 RANKED = get_args(Ranked.model_fields["method"].annotation)
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", *RANKED)
+#: parts of an error's place that say which form something has
+_TAGS = (*STAGES, *METHODS, *RECOVERIES, "sheared-llama", "shape", "budget")
 
 
 class Recipe(_Strict):
@@ -668,7 +726,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
     problem = error.errors()[0]
-    location = [part for part in problem["loc"] if part not in (*STAGES, *METHODS, *RECOVERIES, "sheared-llama")]
+    location = [part for part in problem["loc"] if part not in _TAGS]
     if location[:1] == ["stages"] and len(location) > 1:
         # as --set addresses it
         stage = content["stages"][location[1]]
@@ -692,7 +750,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
         case _:
             message = problem["msg"].removeprefix("Value error, ")
             message = message.replace("Input should be", "must be", 1)
-            return f"{field} = {problem['input']!r}: {message}"
+            return f"{field} = {problem['input']!r}: {message}" if field else message
 
 
 def _names(location: tuple[int | str, ...]) -> list[str]:
@@ -702,7 +760,7 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
     if "target" in tags:
-        return list(Target.model_fields)
+        return [*Target.model_fields, *Budget.model_fields]
     if "domains" in tags:
         return list(Domain.model_fields)
     if "loading" in tags:

@@ -28,7 +28,7 @@ from shearling.methods.corpora import (
 )
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
-from shearling.methods.stages import plan_stage
+from shearling.methods.stages import in_shape, plan_stage
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, load_model, load_tokenizer
 from shearling.plan import (
@@ -68,6 +68,8 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     """
     check_teacher(recipe)
     check_tracker(recipe)
+    # what is recorded then names the shape, whatever a later version would propose
+    recipe = in_shape(recipe)
     for stage in recipe.trained:
         # only to see whether its file is one
         given_references(stage)
@@ -88,6 +90,7 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
 
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
+    recipe = in_shape(recipe)
     if recipe.first is None or isinstance(recipe.first, Shear):
         stage = recipe.stages[0].stage
         raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")

@@ -24,7 +24,7 @@ from torch import Tensor
 from shearling.anatomy import Anatomy, anatomy_of
 from shearling.events import OnEvent
 from shearling.methods.scores import top
-from shearling.plan import Outcome, Plan, Structure, inventory_of, leading, plan_of, target_anatomy
+from shearling.plan import Outcome, Plan, Structure, inventory_of, leading, plan_of, resolve_target, target_anatomy
 from shearling.recipe import Ranked, Shear
 from shearling.sweep import Angles, Magnitudes, Store, Walk, fingerprint
 
@@ -57,7 +57,7 @@ def plan_ranked(
     that does not fit and for activations that are not finite.
     """
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
-    after = target_anatomy(anatomy, settings.target)
+    after = target_anatomy(anatomy, resolve_target(anatomy, inventory, settings.target))
     influence: list[float] = []
     if settings.method == "random-shape":
         scores = drawn(anatomy, seed)
@@ -74,10 +74,10 @@ def plan_ranked(
 
 def preview_target(model: Any, settings: Ranked | Shear, name: str = "") -> Plan:
     """The plan before anything is ranked, importance aside; ``model`` may be on meta."""
-    anatomy = anatomy_of(model.config)
-    after = target_anatomy(anatomy, settings.target)
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    after = target_anatomy(anatomy, resolve_target(anatomy, inventory, settings.target))
     cut = leading(anatomy, after, range(after.num_layers))
-    return plan_of(name, settings.method, anatomy, inventory_of(model), [cut])
+    return plan_of(name, settings.method, anatomy, inventory, [cut])
 
 
 def highest(anatomy: Anatomy, after: Anatomy, scores: Scores) -> Structure:

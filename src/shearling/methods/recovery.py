@@ -16,7 +16,7 @@ from shearling.methods.masks import pattern_of
 from shearling.methods.sheared_llama import Shearing, ShearingPolicy, kept_of
 from shearling.methods.spp import SPPPolicy
 from shearling.nn import is_linear
-from shearling.plan import Plan, leading, target_anatomy
+from shearling.plan import Plan, leading
 from shearling.recipe import AST, SPP, Full, Recipe, Shear, Sparsify, TrainStage
 from shearling.surgery import cut_
 from shearling.train import Policy, TrainSettings, in_dtype
@@ -62,9 +62,8 @@ def made_trainable(
         # an optimizer's small steps vanish in half precision
         return model.float(), []
     if isinstance(stage, Shear):
-        anatomy = anatomy_of(model.config)
         shearing = Shearing(stage.gate_learning_rate, stage.target_warmup, stage.binary, stage.closed == "corrected")
-        return model.float(), [ShearingPolicy(anatomy, kept_of(target_anatomy(anatomy, stage.target)), shearing)]
+        return model.float(), [ShearingPolicy(plan.anatomy_before, kept_of(plan.anatomy_after), shearing)]
     if isinstance(stage, AST):
         assert isinstance(recipe.first, Sparsify), "recipes let ast follow masks alone"
         return model.float(), [ASTPolicy(anatomy_of(model.config), pattern_of(recipe.first), stage, masks, norms)]

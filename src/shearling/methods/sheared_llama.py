@@ -88,8 +88,10 @@ class ShearingPolicy(Policy):
         self._model = model
         self._validate_every, self._weight_decay = settings.validate_every, settings.weight_decay
         device = next(model.parameters()).device
-        for parameter in (*self.log_alpha.values(), *self.multipliers.values()):
-            parameter.data = parameter.data.to(device)
+        for parameters in (self.log_alpha, self.multipliers):
+            for space, parameter in parameters.items():
+                # anew: with data of another kind put into it, such as fake tensors, a parameter would end on meta
+                parameters[space] = nn.Parameter(parameter.detach().to(device))
         for log_alpha in self.log_alpha.values():
             # drawn on the CPU, so that a seed means the same on every device
             start = START + SPREAD * torch.randn(log_alpha.shape)

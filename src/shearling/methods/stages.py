@@ -13,8 +13,9 @@ from shearling.methods.masks import plan_masks, preview_masks
 from shearling.methods.ranking import plan_ranked, preview_target
 from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
-from shearling.plan import Outcome, Plan, inventory_of, plan_of
-from shearling.recipe import Ranked, Recipe, Shear, Sparsify
+from shearling.models import empty_model
+from shearling.plan import Outcome, Plan, Proposal, inventory_of, plan_of, propose_shapes, resolve_target
+from shearling.recipe import Budget, Ranked, Recipe, Shear, Sparsify
 
 
 def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, **options: Any) -> Outcome:
@@ -24,6 +25,27 @@ def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, 
     if isinstance(stage, Ranked):
         return plan_ranked(model, tokens, stage, **options)
     return plan_structured(model, tokens, stage, **options)
+
+
+def proposed(recipe: Recipe, model: Any) -> list[Proposal]:
+    """Shapes that a recipe's budget allows its model, which may be on meta; none where it names no budget."""
+    stage = recipe.first
+    if not isinstance(stage, Ranked | Shear) or not isinstance(stage.target, Budget):
+        return []
+    return propose_shapes(anatomy_of(model.config), inventory_of(model), stage.target.amount, stage.target.of)
+
+
+def in_shape(recipe: Recipe) -> Recipe:
+    """The recipe with an exact shape in place of a budget, by its model's config; others as they are.
+
+    Raises ShearlingError as ``resolve_target``, and for a model without a config.
+    """
+    stage = recipe.first
+    if not isinstance(stage, Ranked | Shear) or not isinstance(stage.target, Budget):
+        return recipe
+    model = empty_model(recipe.model, recipe.dtype)
+    target = resolve_target(anatomy_of(model.config), inventory_of(model), stage.target)
+    return recipe.model_copy(update={"stages": (stage.model_copy(update={"target": target}), *recipe.stages[1:])})
 
 
 def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:

@@ -6,7 +6,7 @@ from shearling.plan.files import load_edits, save_edits, write_bytes, write_tens
 from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan, engines
-from shearling.plan.proposals import HEADINGS, Proposal, propose_shapes
+from shearling.plan.proposals import HEADINGS, Proposal, propose_shapes, resolve_target
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
 from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, inventory_of, sizes, unit_parameters
 from shearling.plan.target import leading, target_anatomy
@@ -42,6 +42,7 @@ __all__ = [
     "load_edits",
     "plan_of",
     "propose_shapes",
+    "resolve_target",
     "round_to_total",
     "save_edits",
     "shape_after",

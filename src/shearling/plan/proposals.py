@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from shearling.anatomy import Anatomy, BlockShape, expressible
 from shearling.errors import ShearlingError
 from shearling.plan.sizes import Inventory, Sizes, inventory_after, sizes
 from shearling.plan.target import target_anatomy
-from shearling.recipe import Target
+from shearling.recipe import Budget, Target
 
 Quantity = Literal["parameters", "bytes", "flops_per_token"]
 
@@ -39,6 +39,10 @@ class Proposal:
         target = self.target
         shape = (target.layers, target.hidden, target.heads, target.kv_heads, target.ffn)
         return self.name, *map(str, shape), f"{self.sizes.parameters:,}", f"{self.share:.3f}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, target, sizes and share, as ``shearling shapes --json`` prints them."""
+        return {**asdict(self), "target": self.target.model_dump()}
 
 
 #: of the columns of ``Proposal.row``
@@ -90,6 +94,23 @@ def propose_shapes(
         weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
         proposals.append(Proposal(name, target, weighed, getattr(weighed, of) / whole))
     return proposals
+
+
+def resolve_target(anatomy: Anatomy, inventory: Inventory, target: Target | Budget) -> Target:
+    """The shape that a target means for a model, which anatomy and inventory are of: itself, or the budget's profile.
+
+    Raises ShearlingError as ``propose_shapes``, and for a profile without a shape of its own.
+    """
+    if isinstance(target, Target):
+        return target
+    found = {
+        proposal.name: proposal.target for proposal in propose_shapes(anatomy, inventory, target.amount, target.of)
+    }
+    if target.profile not in found:
+        raise ShearlingError(
+            f"target.profile = {target.profile!r}: this budget has only {', '.join(found)}; choose that"
+        )
+    return found[target.profile]
 
 
 class _Width(NamedTuple):
