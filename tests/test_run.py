@@ -498,6 +498,15 @@ def test_a_target_that_does_not_fit_is_named_before_training(tmp_path: Path) -> 
         run(parse_recipe(content), tmp_path / "out")
 
 
+def test_a_masked_model_is_not_trained_without_its_masks(tmp_path: Path) -> None:
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    content["stages"] = [{"stage": "sparsify", "method": "magnitude", "pattern": "2:4"}]
+    cut(parse_recipe(content), tmp_path / "masked")
+    with pytest.raises(ShearlingError, match=r"is masked \(2:4\), and training alone would fill its zeros"):
+        run(only_training(tmp_path, method="full", model=str(tmp_path / "masked")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_run_is_not_done_again(recipe: Recipe, tmp_path: Path) -> None:
     first = run(recipe, tmp_path / "out")
     events: list[dict[str, Any]] = []

@@ -194,7 +194,7 @@ def train(
     seed: int = 0,
     resume: Resume = False,
 ) -> None:
-    """Train a model without a recipe, as it is, into a run directory; zeros under masks do not stay."""
+    """Train a model without a recipe, as it is, into a run directory."""
     from shearling.recipe import parse_recipe
 
     stage = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import in_shape, plan_stage
 from shearling.methods.teaching import check_teacher, teaching
-from shearling.models import check_finite, load_model, load_tokenizer
+from shearling.models import check_finite, load_model, load_tokenizer, resolve
 from shearling.plan import (
     Adapters,
     Delta,
@@ -68,6 +69,7 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     """
     check_teacher(recipe)
     check_tracker(recipe)
+    _check_unmasked(recipe)
     # what is recorded then names the shape, whatever a later version would propose
     recipe = in_shape(recipe)
     for stage in recipe.trained:
@@ -103,6 +105,19 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     made = provenance(recipe, outcome.plan.to_json())
     save_model(model, tokenizer, out, provenance=made, card=model_card(recipe, outcome.plan, {}))
     return outcome.plan
+
+
+def _check_unmasked(recipe: Recipe) -> None:
+    """Raise ShearlingError where a recipe that only trains would fill the zeros of a model that we masked."""
+    folder = resolve(recipe.model)
+    if recipe.first is not None or not isinstance(folder, Path) or not (folder / "shearling.json").is_file():
+        return
+    masks = json.loads((folder / "shearling.json").read_text())["plan"].get("masks")
+    if masks is not None:
+        raise ShearlingError(
+            f"model {recipe.model!r}: is masked ({masks['pattern']}), and training alone would fill its zeros; recover "
+            "it in the recipe that masks it, by ast or spp"
+        )
 
 
 def device_of(name: str) -> torch.device:
