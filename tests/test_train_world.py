@@ -121,3 +121,11 @@ def test_training_alone_under_torchrun_ends_as_in_one_process(tmp_path: Path) ->
     pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
     assert pair["recovered"]["perplexity"] == pytest.approx(alone["recovered"]["perplexity"], rel=1e-4)
     assert pair["recovered"]["perplexity"] < pair["dense"]["perplexity"]
+    # as if killed when training was recorded and the model not yet saved: all train again
+    shutil.rmtree(tmp_path / "pair" / "model")
+    (tmp_path / "pair" / "state" / "finished.json").unlink()
+    again = subprocess.run(
+        [*command, "--resume"], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (tmp_path / "pair" / "model" / "config.json").exists()

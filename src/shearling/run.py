@@ -84,9 +84,9 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
             listeners = [tracker] if on_event is None else [tracker, on_event]
             return _Session(recipe, RunDir(Path(out), recipe, resume=resume), listeners, world).finish()
     helper: _Session | None = None
-    while world.agree(None):
+    while called := world.agree(None):
         helper = helper or _Session(recipe, RunDir(Path(out), recipe, resume=True), [], world)
-        helper.help()
+        helper.help(called)
     return world.agree(None)
 
 
@@ -207,7 +207,7 @@ class _Session:
         if not (folder.path / "model").exists():
             model = cut_model()
             if recipe.recover is not None:
-                self._call()
+                self._call(recipe.recover)
                 with Usage() as usage:
                     model, trained = self._train(model, outcome, recipe.recover)
                 content: dict[str, Any] = {
@@ -237,18 +237,18 @@ class _Session:
         self.world.agree(None)
         return self.world.agree(metrics)
 
-    def help(self) -> None:
+    def help(self, called: str) -> None:
         """Train along with the first process, in the stage that it called for."""
-        stage = next(stage for stage in self.recipe.trained if self.folder.done(stage.stage) is None)
+        stage = next(stage for stage in self.recipe.trained if stage.stage == called)
         outcome = self._goal(stage) if isinstance(stage, Shear) else self._restore()
         model = copy.deepcopy(self.dense[0])
         cut_(model, outcome.edits)
         self.world.wait()
         self._train(model, outcome, stage)
 
-    def _call(self) -> None:
+    def _call(self, stage: TrainStage) -> None:
         """Let the other processes train along; returns when all have opened the folder."""
-        self.world.agree(True)
+        self.world.agree(stage.stage)
         self.world.wait()
 
     @property
@@ -286,7 +286,7 @@ class _Session:
         return {"importance": list(outcome.plan.importance)}
 
     def _shear(self, stage: Shear) -> dict[str, Any]:
-        self._call()
+        self._call(stage)
         model, trained = self._train(copy.deepcopy(self.dense[0]), self._goal(stage), stage)
         (structure,) = (edit for edit in trained.edits if isinstance(edit, Structure))
         cut_(model, [structure])
