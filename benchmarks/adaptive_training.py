@@ -18,10 +18,9 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from common import TASKS, Row, Rows, arguments, device_name, held_out, mixture, report_quality, score
+from common import Row, Rows, arguments, device_name, held_out, mixture, report_model
 
 from shearling.anatomy import anatomy_of
-from shearling.evaluate import evaluate_tasks
 from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
 from shearling.methods.masks import pattern_of, plan_masks
 from shearling.methods.slorb import overhead
@@ -78,18 +77,19 @@ class Bench:
     """The dense model, the text, and one-shot masks as they are asked for."""
 
     def __init__(self, args: Any) -> None:
-        self.quick, self.gpu = args.quick, args.device.startswith("cuda")
+        self.small, self.gpu = args.quick, args.device.startswith("cuda")
+        self.tasks = args.data / "eval" if args.tasks else None
         self.dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
         self.tokenizer = tokenizer = load_tokenizer(args.model)
-        self.length, self.batch = (64, 4) if self.quick else (1024, 32)
+        self.length, self.batch = (64, 4) if self.small else (1024, 32)
         self.micro_batch = min(args.micro_batch, self.batch)
-        self.text = mixture(args.data, tokenizer, 2000 if self.quick else 10**9, self.length)
-        num, length = (4, 128) if self.quick else (64, 2048)
+        self.text = mixture(args.data, tokenizer, 2000 if self.small else 10**9, self.length)
+        num, length = (4, 128) if self.small else (64, 2048)
         domains = mixture(args.data, tokenizer, num * length, length)
         self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
-        self.context = 256 if self.quick else 2048
+        self.context = 256 if self.small else 2048
         self.texts = held_out(
-            args.data, tokenizer, (2 if self.quick else args.windows) * self.context, ("web",) if self.quick else None
+            args.data, tokenizer, (2 if self.small else args.windows) * self.context, ("web",) if self.small else None
         )
         self.norms = input_norms(self.dense, self.tokens, 4)
         self.outcomes: dict[str, Outcome] = {}
@@ -97,7 +97,7 @@ class Bench:
     def outcome(self, start: str) -> Outcome:
         if start not in self.outcomes:
             method, _, also = start.partition(", ")
-            train_blocks = Reconstruct(steps=3 if self.quick else 100, learning_rate=1e-3) if also else None
+            train_blocks = Reconstruct(steps=3 if self.small else 100, learning_rate=1e-3) if also else None
             settings = Sparsify.model_validate({"method": method, "reconstruct": train_blocks})
             self.outcomes[start] = plan_masks(self.dense, self.tokens, settings, batch=4)
         return self.outcomes[start]
@@ -180,21 +180,12 @@ def main() -> None:
     bench = Bench(args)
     print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.text.numel()} unique tokens", flush=True)
 
-    def report(name: str, model: Any, **row: Any) -> None:
-        found = score(model, bench.texts, bench.context, 4 if bench.gpu else 1)
-        report_quality(rows, found, variant=name, context=bench.context, **row)
-        if args.tasks:
-            limit, batch = (4, 4) if bench.quick else (None, 32)
-            answers = evaluate_tasks(model, bench.tokenizer, TASKS, data=args.data / "eval", limit=limit, batch=batch)
-            for task, answer in answers.items():
-                rows.add(variant=name, corpus=task, accuracy=answer["accuracy"], stderr=answer["stderr"], **row)
-
-    report("dense", bench.dense)
+    report_model(rows, bench, "dense", bench.dense)
     wanted = {name: VARIANTS[name] for name in args.variants}
     for start in dict.fromkeys(v.start for v in wanted.values() if v.settings is not None):
         model = copy.deepcopy(bench.dense)
         cut_(model, bench.outcome(start).edits)
-        report(f"{start}, one-shot", model)
+        report_model(rows, bench, f"{start}, one-shot", model)
     steps = args.steps or (3 if args.quick else None)
     if steps is None:
         _, row = bench.carry_out(next(iter(wanted.values())), 24, args.learning_rates[0], 0)
@@ -204,7 +195,7 @@ def main() -> None:
         rates = [variant.settings.learning_rate] if isinstance(variant.settings, SPP) else args.learning_rates
         for rate, seed in itertools.product(rates, args.seeds):
             model, row = bench.carry_out(variant, steps, rate, seed)
-            report(name, model, **row)
+            report_model(rows, bench, name, model, **row)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shearling.data import corpus_tokens, windows
-from shearling.evaluate import perplexity
+from shearling.evaluate import evaluate_tasks, perplexity
 
 Row = dict[str, Any]
 WIKITEXT = "wikitext2.test"
@@ -101,6 +101,17 @@ def report_quality(rows: Rows, found: dict[str, tuple[float, int]], **common: An
     if len(others) > 1:
         mean = sum(value for value, _ in others) / len(others)
         rows.add(**common, corpus="mean of corpora", perplexity=mean, tokens=sum(count for _, count in others))
+
+
+def report_model(rows: Rows, bench: Any, variant: str, model: Any, **row: Any) -> None:
+    """All rows of a model: its perplexities, and where ``bench.tasks`` are wanted its zero-shot accuracies."""
+    found = score(model, bench.texts, bench.context, 4 if bench.gpu else 1)
+    report_quality(rows, found, variant=variant, context=bench.context, **row)
+    if bench.tasks is not None:
+        limit, batch = (4, 4) if bench.small else (None, 32)
+        answers = evaluate_tasks(model, bench.tokenizer, TASKS, data=bench.tasks, limit=limit, batch=batch)
+        for task, answer in answers.items():
+            rows.add(variant=variant, corpus=task, accuracy=answer["accuracy"], stderr=answer["stderr"], **row)
 
 
 def _text(value: Any) -> str:

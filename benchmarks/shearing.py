@@ -18,12 +18,11 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from common import TASKS, Row, Rows, arguments, device_name, held_out, mixture, report_quality, score, wikitext_valid
+from common import Row, Rows, arguments, device_name, held_out, mixture, report_model, wikitext_valid
 from transformers import AutoModelForCausalLM
 
 from shearling.anatomy import Anatomy, anatomy_of
 from shearling.data import windows
-from shearling.evaluate import evaluate_tasks
 from shearling.methods.ranking import plan_ranked
 from shearling.methods.sheared_llama import Shearing, ShearingPolicy, kept_of
 from shearling.models import load_model, load_tokenizer
@@ -76,6 +75,7 @@ class Bench:
         self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
         self.context = 256 if self.small else 2048
         scored = (2 if self.small else args.windows) * self.context
+        self.tasks = args.data / "eval" if args.tasks else None
         self.texts = held_out(args.data, tokenizer, scored, ("web",) if self.small else None)
         self.valid = windows(wikitext_valid(args.data, tokenizer, 32 * self.length), None, self.length)
         self.anatomy = anatomy_of(self.dense.config)
@@ -207,21 +207,12 @@ def main() -> None:
     rows = Rows(COLUMNS, args.json)
     print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.text.numel()} unique tokens", flush=True)
 
-    def report(name: str, model: Any, **row: Any) -> None:
-        found = score(model, bench.texts, bench.context, 4 if bench.gpu else 1)
-        report_quality(rows, found, variant=name, context=bench.context, **row)
-        if args.tasks:
-            limit, batch = (4, 4) if bench.small else (None, 32)
-            answers = evaluate_tasks(model, bench.tokenizer, TASKS, data=args.data / "eval", limit=limit, batch=batch)
-            for task, answer in answers.items():
-                rows.add(variant=name, corpus=task, accuracy=answer["accuracy"], stderr=answer["stderr"], **row)
-
     if not args.steps:
-        report("dense", bench.dense, parameters=bench.parameters(bench.anatomy))
+        report_model(rows, bench, "dense", bench.dense, parameters=bench.parameters(bench.anatomy))
         for name in args.variants:
             for seed in args.seeds:
                 model, row, curve = bench.carry_out(VARIANTS[name], seed)
-                report(name, model, **row)
+                report_model(rows, bench, name, model, **row)
                 points = ", ".join(f"{point['flops']:.3g}: {math.exp(point['loss']):.2f}" for point in curve)
                 print(f"# {name}, perplexity of WikiText-2 valid by FLOPs: {points}", flush=True)
                 del model

@@ -645,13 +645,13 @@ class Recipe(_Strict):
     def first(self) -> PruneStage | Sparsify | Shear | None:
         """The stage that prunes; None where the recipe only trains."""
         stage = self.stages[0]
-        return None if isinstance(stage, LoRA | Full | AST | SPP) else stage
+        return None if isinstance(stage, _Recover) else stage
 
     @property
     def recover(self) -> RecoverStage | None:
         """The stage that trains what was pruned, if there is one."""
         stage = self.stages[-1]
-        return stage if isinstance(stage, LoRA | Full | AST | SPP) else None
+        return stage if isinstance(stage, _Recover) else None
 
     @property
     def trained(self) -> tuple[TrainStage, ...]:

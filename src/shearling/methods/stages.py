@@ -29,10 +29,12 @@ def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, 
 
 def proposed(recipe: Recipe, model: Any) -> list[Proposal]:
     """Shapes that a recipe's budget allows its model, which may be on meta; none where it names no budget."""
-    stage = recipe.first
-    if not isinstance(stage, Ranked | Shear) or not isinstance(stage.target, Budget):
+    stage = _budgeted(recipe)
+    if stage is None:
         return []
-    return propose_shapes(anatomy_of(model.config), inventory_of(model), stage.target.amount, stage.target.of)
+    budget = stage.target
+    assert isinstance(budget, Budget)
+    return propose_shapes(anatomy_of(model.config), inventory_of(model), budget.amount, budget.of)
 
 
 def in_shape(recipe: Recipe) -> Recipe:
@@ -40,8 +42,8 @@ def in_shape(recipe: Recipe) -> Recipe:
 
     Raises ShearlingError as ``resolve_target``, and for a model without a config.
     """
-    stage = recipe.first
-    if not isinstance(stage, Ranked | Shear) or not isinstance(stage.target, Budget):
+    stage = _budgeted(recipe)
+    if stage is None:
         return recipe
     model = empty_model(recipe.model, recipe.dtype)
     target = resolve_target(anatomy_of(model.config), inventory_of(model), stage.target)
@@ -70,3 +72,9 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
         recovery_memory(recipe, stage, model, plan, compute=compute, processes=processes) for stage in recipe.trained
     )
     return replace(plan, estimate={"peak_bytes": max(memory.peak for memory in found)})
+
+
+def _budgeted(recipe: Recipe) -> Ranked | Shear | None:
+    """The stage whose target is a budget, if there is one."""
+    stage = recipe.first
+    return stage if isinstance(stage, Ranked | Shear) and isinstance(stage.target, Budget) else None
