@@ -29,7 +29,7 @@ from shearling.models import load_model, load_tokenizer
 from shearling.plan import Adapters, Outcome
 from shearling.recipe import AST, SPP, Reconstruct, SLoRB, Sparsify
 from shearling.surgery import attach_adapters_, cut_
-from shearling.train import Distillation, Policy, TrainSettings, compiled, train
+from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, compiled, train
 
 COLUMNS = [
     "variant", "learning_rate", "seed", "corpus", "perplexity", "accuracy", "stderr", "tokens", "context", "steps",
@@ -45,14 +45,18 @@ class Variant(NamedTuple):
     cross_entropy: float = 0.0
     distill: float = 1.0
     temperature: float = 1.0
+    layerwise: float = 0.0
 
 
 VARIANTS = {
     "ast": Variant(AST()),
+    "ast, cross-entropy too": Variant(AST(), cross_entropy=0.5, distill=0.5),
+    "ast, block outputs too": Variant(AST(), layerwise=1.0),
     "ast from alps": Variant(AST(), start="alps"),
     "ast from alps, reconstructed": Variant(AST(), start="alps, reconstructed"),
+    "ast from alps, cross-entropy too": Variant(AST(), start="alps", cross_entropy=0.5, distill=0.5),
     "ast, slorb": Variant(AST(slorb=SLoRB())),
-    "ast from alps, reconstructed, slorb": Variant(AST(slorb=SLoRB()), start="alps, reconstructed"),
+    "ast, slorb, cross-entropy too": Variant(AST(slorb=SLoRB()), cross_entropy=0.5, distill=0.5),
     "fixed mask": Variant(AST(refresh_every=0)),
     "fixed mask from alps, reconstructed": Variant(AST(refresh_every=0), start="alps, reconstructed"),
     "static sr-ste": Variant(AST(anneal=0.0, decay_by="coupled")),
@@ -81,7 +85,8 @@ class Bench:
         self.tasks = args.data / "eval" if args.tasks else None
         self.dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
         self.tokenizer = tokenizer = load_tokenizer(args.model)
-        self.length, self.batch = (64, 4) if self.small else (1024, 32)
+        self.length, self.batch = (64, 4) if self.small else (1024, args.batch)
+        self.min_ratio = args.min_ratio
         self.micro_batch = min(args.micro_batch, self.batch)
         self.text = mixture(args.data, tokenizer, 2000 if self.small else 10**9, self.length)
         num, length = (4, 128) if self.small else (64, 2048)
@@ -109,6 +114,7 @@ class Bench:
             batch=self.batch,
             micro_batch=self.micro_batch,
             learning_rate=learning_rate,
+            min_ratio=self.min_ratio,
             cross_entropy=variant.cross_entropy,
             log_every=1,
             seed=seed,
@@ -133,16 +139,20 @@ class Bench:
     def carry_out(self, variant: Variant, steps: int, learning_rate: float, seed: int) -> tuple[Any, Row]:
         """Train a variant; the model as it is scored, and what training it was like."""
         model, policies = self.start(variant)
-        teacher = copy.deepcopy(self.dense).to(torch.bfloat16 if self.gpu else torch.float32)
-        follow = [Distillation(teacher, weight=variant.distill, temperature=variant.temperature)]
+        dense = copy.deepcopy(self.dense).to(torch.bfloat16 if self.gpu else torch.float32)
+        teacher = Teacher(dense)
+        follow: list[Policy] = []
+        if variant.distill:
+            follow.append(Distillation(teacher, weight=variant.distill, temperature=variant.temperature))
+        if variant.layerwise:
+            follow.append(LayerwiseDistillation(teacher, variant.layerwise))
         events: list[Row] = []
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        with compiled(teacher) if self.gpu else nullcontext():
-            followed: list[Policy] = [*follow, *policies] if variant.distill else policies
+        with compiled(dense) if self.gpu else nullcontext():
             settings = self.settings(variant, steps, learning_rate, seed)
-            result = train(model, self.text, followed, settings, on_event=events.append)
+            result = train(model, self.text, [*follow, *policies], settings, on_event=events.append)
         speeds = [event["tokens_per_second"] for event in events if "loss" in event]
         row: Row = {
             "learning_rate": learning_rate,
@@ -170,7 +180,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="of the first variant's training")
     parser.add_argument("--steps", type=int, help="instead of seconds")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["ast", "ast, slorb", "fixed mask"])
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--min-ratio", type=float, default=0.1, help="of the learning rate, at the end")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=32, help="of every corpus that are scored")

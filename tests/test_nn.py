@@ -9,7 +9,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shearling.errors import ShearlingError
-from shearling.nn import EffectiveLinear, LoRABranch, LowRankBranch, MaskTransform, plain_state, unwrap_, wrap_
+from shearling.nn import (
+    EffectiveLinear,
+    LoRABranch,
+    LowRankBranch,
+    MaskTransform,
+    plain_state,
+    unwrap_,
+    wrap_,
+)
 from shearling.train import compiled
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -290,3 +298,48 @@ def test_blocks_of_one_shape_compile_to_one_graph():
     with compiled(model):
         model(tokens, use_cache=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_branches_of_a_trained_linear_are_folded_into_its_weight_over_many_rows(conv):
+    torch.manual_seed(0)
+    inputs, outputs, rank = 12, 8, 3
+    linear = EffectiveLinear(Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs))
+    branch = LoRABranch(inputs, outputs, rank, 2.0)
+    nn.init.normal_(branch.up)
+    linear.branches.append(branch)
+    passes = []
+    branch.register_forward_hook(lambda *_: passes.append(1))
+    x, pull = torch.randn(40, inputs, requires_grad=True), torch.randn(40, outputs)
+    wanted = [x, linear.weight, linear.bias, branch.down, branch.up]
+
+    y = linear(x)
+    folded = torch.autograd.grad(y, wanted, pull)
+    assert not passes
+    # the oracle, in float64 and from the formula
+    copies = [tensor.detach().double().requires_grad_() for tensor in wanted]
+    at, weight, bias, down, up = copies
+    expected = at @ (weight if conv else weight.T) + bias + 2.0 / rank * at @ down.T @ up.T
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, exact in zip(folded, torch.autograd.grad(expected, copies, pull.double()), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+    # few rows, a frozen weight, evaluation: beside it
+    linear(x[:2])
+    linear.weight.requires_grad_(False)
+    linear(x)
+    linear.weight.requires_grad_(True)
+    linear.eval()(x)
+    assert len(passes) == 3
+
+
+def test_a_compiled_block_with_a_hook_inside_is_not_taken_for_one_without():
+    plain, hooked, tokens = tiny_model("llama"), tiny_model("llama"), tiny_tokens(2, 12)
+    stock = plain(tokens, use_cache=False).logits
+    for layer in hooked.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: 0.5 * output)
+    expected = hooked(tokens, use_cache=False).logits
+    assert not torch.allclose(stock, expected, atol=1e-3)
+    with compiled(plain, "eager"), compiled(hooked, "eager"):
+        torch.testing.assert_close(plain(tokens, use_cache=False).logits, stock)
+        torch.testing.assert_close(hooked(tokens, use_cache=False).logits, expected)

@@ -15,8 +15,8 @@ class Branch(nn.Module):
         """Addition to the linear's output: [..., in] -> [..., out]."""
         raise NotImplementedError
 
-    def matrix(self) -> Tensor:
-        """The branch as a float64 matrix [out, in]."""
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The branch as one matrix [out, in], computed in ``dtype``."""
         raise NotImplementedError
 
 
@@ -40,8 +40,8 @@ class LowRankBranch(Branch):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
 
-    def matrix(self) -> Tensor:
-        return self.scale * (self.up.double() @ self.down.double())
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.scale * (self.up.to(dtype) @ self.down.to(dtype))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"

@@ -69,22 +69,36 @@ class EffectiveLinear(nn.Module):
         weight = self.effective_weight()
         if not self.branches:
             return weight
-        total = weight.double()
+        return self._folded(weight.double()).to(weight.dtype)
+
+    def _folded(self, weight: Tensor) -> Tensor:
+        """The branches added to a weight, in its type."""
         for branch in self.branches:
             assert isinstance(branch, Branch)
-            matrix = branch.matrix()
-            total = total + (matrix.T if self.transposed else matrix)
-        return total.to(weight.dtype)
+            matrix = branch.matrix(weight.dtype)
+            weight = weight + (matrix.T if self.transposed else matrix)
+        return weight
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether branches cost less in a weight whose gradient is computed anyway than beside it on every row."""
+        if not (len(self.branches) and self.training and self.weight.requires_grad):
+            return False
+        inputs, outputs = self.in_features, self.out_features
+        return x.numel() // inputs * (inputs + outputs) > inputs * outputs
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.effective_weight()
+        folds = self._folds(x)
+        if folds:
+            weight = self._folded(weight)
         if self.transposed:
             # pyrefly: ignore[bad-argument-type]
             y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
         else:
             y = nn.functional.linear(x, weight, self.bias)
-        for branch in self.branches:
-            y = y + branch(x).to(y.dtype)
+        if not folds:
+            for branch in self.branches:
+                y = y + branch(x).to(y.dtype)
         return y
 
     def stock(self) -> nn.Module:

@@ -20,7 +20,13 @@ def compiled(model: Any, backend: str = "inductor") -> Iterator[None]:
     blocks = blocks_of(model)
     # every width is a variant of one piece of code, in training, in evaluation, and for a last, smaller batch
     variants = 4 * len(blocks) + 8
-    with torch._dynamo.config.patch(recompile_limit=variants, accumulated_recompile_limit=8 * variants):
+    changes = {
+        "recompile_limit": variants,
+        "accumulated_recompile_limit": 8 * variants,
+        # else a gated block runs the code of an ungated one, a teacher's for example
+        "skip_nnmodule_hook_guards": False,
+    }
+    with torch._dynamo.config.patch(changes):
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
         try:
