@@ -4,14 +4,16 @@
 
 All variants train on equal parts of the ``corpus/*.train`` domains with the same steps: as many as the first one makes
 in the given seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model
-unless they say otherwise, and are trained at every learning rate and seed that is given. Scored on WikiText-2 test and
-the held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
+unless they say otherwise, and are trained at every learning rate and seed that is given. Adapted ones start from, and
+follow, the dense model after ``--adapt-tokens`` of cross-entropy on the same text. Scored on WikiText-2 test and the
+held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 import time
 from contextlib import nullcontext
@@ -46,6 +48,7 @@ class Variant(NamedTuple):
     distill: float = 1.0
     temperature: float = 1.0
     layerwise: float = 0.0
+    adapted: bool = False
 
 
 VARIANTS = {
@@ -57,6 +60,8 @@ VARIANTS = {
     "ast from alps, cross-entropy too": Variant(AST(), start="alps", cross_entropy=0.5, distill=0.5),
     "ast, slorb": Variant(AST(slorb=SLoRB())),
     "ast, slorb, cross-entropy too": Variant(AST(slorb=SLoRB()), cross_entropy=0.5, distill=0.5),
+    "adapted, ast from alps": Variant(AST(), start="alps", adapted=True),
+    "adapted, ast from alps, slorb": Variant(AST(slorb=SLoRB()), start="alps", adapted=True),
     "fixed mask": Variant(AST(refresh_every=0)),
     "fixed mask from alps, reconstructed": Variant(AST(refresh_every=0), start="alps, reconstructed"),
     "static sr-ste": Variant(AST(anneal=0.0, decay_by="coupled")),
@@ -81,12 +86,12 @@ class Bench:
     """The dense model, the text, and one-shot masks as they are asked for."""
 
     def __init__(self, args: Any) -> None:
+        self.args = args
         self.small, self.gpu = args.quick, args.device.startswith("cuda")
         self.tasks = args.data / "eval" if args.tasks else None
         self.dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
         self.tokenizer = tokenizer = load_tokenizer(args.model)
-        self.length, self.batch = (64, 4) if self.small else (1024, args.batch)
-        self.min_ratio = args.min_ratio
+        self.length, self.batch = (64, 4) if self.small else (args.length, args.batch)
         self.micro_batch = min(args.micro_batch, self.batch)
         self.text = mixture(args.data, tokenizer, 2000 if self.small else 10**9, self.length)
         num, length = (4, 128) if self.small else (64, 2048)
@@ -98,6 +103,7 @@ class Bench:
         )
         self.norms = input_norms(self.dense, self.tokens, 4)
         self.outcomes: dict[str, Outcome] = {}
+        self.adapted: Bench | None = None
 
     def outcome(self, start: str) -> Outcome:
         if start not in self.outcomes:
@@ -107,6 +113,16 @@ class Bench:
             self.outcomes[start] = plan_masks(self.dense, self.tokens, settings, batch=4)
         return self.outcomes[start]
 
+    def adapt(self) -> Bench:
+        """The same with a dense model that is used to the text, made once."""
+        if self.adapted is None:
+            own = copy.copy(self)
+            steps = 2 if self.small else math.ceil(self.args.adapt_tokens / self.batch / self.length)
+            own.dense, _ = self.carry_out(VARIANTS["dense, cross-entropy"], steps, self.args.adapt_rate, 0)
+            own.norms, own.outcomes = input_norms(own.dense, own.tokens, 4), {}
+            self.adapted = own
+        return self.adapted
+
     def settings(self, variant: Variant, steps: int, learning_rate: float, seed: int) -> TrainSettings:
         return TrainSettings(
             tokens=steps * self.batch * self.length,
@@ -114,7 +130,7 @@ class Bench:
             batch=self.batch,
             micro_batch=self.micro_batch,
             learning_rate=learning_rate,
-            min_ratio=self.min_ratio,
+            min_ratio=self.args.min_ratio,
             cross_entropy=variant.cross_entropy,
             log_every=1,
             seed=seed,
@@ -182,6 +198,9 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["ast", "ast, slorb", "fixed mask"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024, help="of a training window")
+    parser.add_argument("--adapt-tokens", type=float, default=5e6, help="of cross-entropy before adapted variants")
+    parser.add_argument("--adapt-rate", type=float, default=5e-4, help="learning rate of that")
     parser.add_argument("--min-ratio", type=float, default=0.1, help="of the learning rate, at the end")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -194,10 +213,13 @@ def main() -> None:
 
     report_model(rows, bench, "dense", bench.dense)
     wanted = {name: VARIANTS[name] for name in args.variants}
-    for start in dict.fromkeys(v.start for v in wanted.values() if v.settings is not None):
-        model = copy.deepcopy(bench.dense)
-        cut_(model, bench.outcome(start).edits)
-        report_model(rows, bench, f"{start}, one-shot", model)
+    if any(variant.adapted for variant in wanted.values()):
+        report_model(rows, bench, "dense, adapted", bench.adapt().dense)
+    for start, adapted in dict.fromkeys((v.start, v.adapted) for v in wanted.values() if v.settings is not None):
+        own = bench.adapt() if adapted else bench
+        model = copy.deepcopy(own.dense)
+        cut_(model, own.outcome(start).edits)
+        report_model(rows, bench, f"{'adapted, ' if adapted else ''}{start}, one-shot", model)
     steps = args.steps or (3 if args.quick else None)
     if steps is None:
         _, row = bench.carry_out(next(iter(wanted.values())), 24, args.learning_rates[0], 0)
@@ -206,7 +228,8 @@ def main() -> None:
         # multiplied by weights, few numbers take large steps
         rates = [variant.settings.learning_rate] if isinstance(variant.settings, SPP) else args.learning_rates
         for rate, seed in itertools.product(rates, args.seeds):
-            model, row = bench.carry_out(variant, steps, rate, seed)
+            own = bench.adapt() if variant.adapted else bench
+            model, row = own.carry_out(variant, steps, rate, seed)
             report_model(rows, bench, name, model, **row)
 
 
