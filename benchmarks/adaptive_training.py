@@ -5,7 +5,9 @@
 All variants train on equal parts of the ``corpus/*.train`` domains with the same steps: as many as the first one makes
 in the given seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model
 unless they say otherwise, and are trained at every learning rate and seed that is given. Adapted ones start from, and
-follow, the dense model after ``--adapt-tokens`` of cross-entropy on the same text. Scored on WikiText-2 test and the
+follow, the dense model after ``--adapt-tokens`` of cross-entropy on the same text. ``--mixture`` says in which
+proportions domains are read: as they come, equal, or moved by dynamic batch loading towards what lags furthest behind
+the dense model, on windows held back for that. Scored on WikiText-2 test and the
 held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
 """
 
@@ -20,23 +22,31 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from common import Row, Rows, arguments, device_name, held_out, mixture, report_model
+from common import Row, Rows, arguments, device_name, domain_windows, held_out, mixture, report_model
+from torch import Tensor
 
 from shearling.anatomy import anatomy_of
+from shearling.data import Domains
 from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
+from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.masks import pattern_of, plan_masks
+from shearling.methods.reference_losses import source_losses
 from shearling.methods.slorb import overhead
 from shearling.methods.spp import SPPPolicy
 from shearling.models import load_model, load_tokenizer
 from shearling.plan import Adapters, Outcome
 from shearling.recipe import AST, SPP, Reconstruct, SLoRB, Sparsify
 from shearling.surgery import attach_adapters_, cut_
-from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, compiled, train
+from shearling.train import Distillation, LayerwiseDistillation, Policy, Teacher, TrainSettings, World, compiled, train
 
 COLUMNS = [
     "variant", "learning_rate", "seed", "corpus", "perplexity", "accuracy", "stderr", "tokens", "context", "steps",
     "trained_tokens", "unique_tokens", "tokens_per_second", "seconds", "flips", "away", "overhead", "peak_bytes",
 ]  # fmt: skip
+
+
+#: windows of every domain that dynamic batch loading looks at, and that are not trained on
+HELD_BACK = 8
 
 
 class Variant(NamedTuple):
@@ -93,7 +103,9 @@ class Bench:
         self.tokenizer = tokenizer = load_tokenizer(args.model)
         self.length, self.batch = (64, 4) if self.small else (args.length, args.batch)
         self.micro_batch = min(args.micro_batch, self.batch)
-        self.text = mixture(args.data, tokenizer, 2000 if self.small else 10**9, self.length)
+        self.domains = domain_windows(
+            args.data, tokenizer, "train", self.length, 10 * self.length if self.small else None
+        )
         num, length = (4, 128) if self.small else (64, 2048)
         domains = mixture(args.data, tokenizer, num * length, length)
         self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
@@ -104,6 +116,10 @@ class Bench:
         self.norms = input_norms(self.dense, self.tokens, 4)
         self.outcomes: dict[str, Outcome] = {}
         self.adapted: Bench | None = None
+
+    @property
+    def unique_tokens(self) -> int:
+        return sum(part.numel() for part in self.domains.values())
 
     def outcome(self, start: str) -> Outcome:
         if start not in self.outcomes:
@@ -123,6 +139,16 @@ class Bench:
             self.adapted = own
         return self.adapted
 
+    def reading(self, settings: TrainSettings) -> tuple[Tensor | Domains, list[Policy], dict[str, Tensor] | None]:
+        """What is trained on, what mixes it, and what that looks at."""
+        if self.args.mixture == "natural":
+            return torch.cat(list(self.domains.values())), [], None
+        if self.args.mixture == "equal":
+            return Domains(self.domains), [], None
+        back = {name: part[-HELD_BACK:] for name, part in self.domains.items()}
+        text = Domains({name: part[:-HELD_BACK] for name, part in self.domains.items()})
+        return text, [DynamicLoading(source_losses(self.dense, back, settings, World()))], back
+
     def settings(self, variant: Variant, steps: int, learning_rate: float, seed: int) -> TrainSettings:
         return TrainSettings(
             tokens=steps * self.batch * self.length,
@@ -133,6 +159,7 @@ class Bench:
             min_ratio=self.args.min_ratio,
             cross_entropy=variant.cross_entropy,
             log_every=1,
+            validate_every=max(1, steps // 20) if self.args.mixture == "dynamic" else 0,
             seed=seed,
             compile=self.gpu,
             capture=self.gpu,
@@ -168,14 +195,16 @@ class Bench:
         began = time.perf_counter()
         with compiled(dense) if self.gpu else nullcontext():
             settings = self.settings(variant, steps, learning_rate, seed)
-            result = train(model, self.text, [*follow, *policies], settings, on_event=events.append)
+            text, mixing, back = self.reading(settings)
+            every = [*follow, *policies, *mixing]
+            result = train(model, text, every, settings, validation=back, on_event=events.append)
         speeds = [event["tokens_per_second"] for event in events if "loss" in event]
         row: Row = {
             "learning_rate": learning_rate,
             "seed": seed,
             "steps": steps,
             "trained_tokens": result.tokens,
-            "unique_tokens": min(result.tokens, self.text.numel()),
+            "unique_tokens": min(result.tokens, self.unique_tokens),
             "tokens_per_second": statistics.median(speeds[len(speeds) // 3 :]),
             "seconds": time.perf_counter() - began,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.gpu else None,
@@ -199,6 +228,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="of a training window")
+    parser.add_argument("--mixture", choices=("natural", "equal", "dynamic"), default="natural")
     parser.add_argument("--adapt-tokens", type=float, default=5e6, help="of cross-entropy before adapted variants")
     parser.add_argument("--adapt-rate", type=float, default=5e-4, help="learning rate of that")
     parser.add_argument("--min-ratio", type=float, default=0.1, help="of the learning rate, at the end")
@@ -209,7 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = Rows(COLUMNS, args.json)
     bench = Bench(args)
-    print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.text.numel()} unique tokens", flush=True)
+    print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.unique_tokens} unique tokens", flush=True)
 
     report_model(rows, bench, "dense", bench.dense)
     wanted = {name: VARIANTS[name] for name in args.variants}

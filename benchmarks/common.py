@@ -76,6 +76,13 @@ def wikitext_valid(data: Path, tokenizer: Any, max_tokens: int) -> Tensor:
     )
 
 
+def domain_windows(data: Path, tokenizer: Any, part: str, length: int, tokens: int | None) -> dict[str, Tensor]:
+    """Windows [n, length] of the ``train`` or ``val`` part of every domain, by its name."""
+    files = sorted((data / "corpus").glob(f"*.{part}.jsonl.zst"))
+    found = {file.name.partition(".")[0]: corpus_tokens(file, tokenizer, max_tokens=tokens) for file in files}
+    return {name: windows(ids, None, length) for name, ids in found.items()}
+
+
 def mixture(data: Path, tokenizer: Any, budget: int, length: int) -> Tensor:
     """Training windows [n, length]: equal parts of the ``corpus/*.train`` domains, less where a domain has less."""
     files = sorted((data / "corpus").glob("*.train.jsonl.zst"))

@@ -14,14 +14,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Rows, arguments, calibration, device_name
-from torch import Tensor
+from common import Rows, arguments, calibration, device_name, domain_windows
 
-from shearling.data import Domains, corpus_tokens, windows
+from shearling.data import Domains
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.reference_losses import source_losses
 from shearling.methods.structured import plan_structured
@@ -38,13 +36,6 @@ LOADINGS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "dynamic": ("proportion", {}),
     "dynamic, as released": ("proportion", {"clamp": False}),
 }
-
-
-def domain_windows(data: Path, tokenizer: Any, part: str, length: int, tokens: int | None) -> dict[str, Tensor]:
-    """Windows of every domain by its name."""
-    files = sorted((data / "corpus").glob(f"*.{part}.jsonl.zst"))
-    found = {file.name.partition(".")[0]: corpus_tokens(file, tokenizer, max_tokens=tokens) for file in files}
-    return {name: windows(ids, None, length) for name, ids in found.items()}
 
 
 def main() -> None:
