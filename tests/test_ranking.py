@@ -286,7 +286,7 @@ def test_recipes_with_mistakes(method: str, target: Any, what: str) -> None:
 def test_a_missing_target_and_ranks_that_a_target_leaves_alike() -> None:
     with pytest.raises(RecipeError, match=r"prune.target: is missing"):
         parse_recipe({"model": "m", "stages": [{"stage": "prune", "method": "minitron"}]})
-    with pytest.raises(RecipeError, match=r"ranks = damaged: a target cuts all blocks alike"):
+    with pytest.raises(RecipeError, match=r"ranks = damaged: needs widths that differ by block"):
         recipe_of({"layers": 2}, recover={"stage": "recover", "method": "lora", "ranks": "damaged"})
 
 

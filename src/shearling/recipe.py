@@ -256,6 +256,18 @@ class Sparsify(_Strict):
         return value
 
 
+class Denoise(_Strict):
+    """Weights of some blocks by tensors or matrices of low rank (TRAWL, LASER); all shapes stay."""
+
+    stage: Literal["denoise"] = "denoise"
+    method: Literal["cp", "tucker", "svd"] = "cp"
+    #: blocks from 0, or from -1 backwards
+    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+    part: Literal["ffn", "attention"] = "ffn"
+    #: of the smaller side of a weight
+    rank: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
 PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline | Ranked, Field(discriminator="method")]
 
 
@@ -594,10 +606,10 @@ class Shear(_Train):
 
 RecoverStage = Annotated[LoRA | Full | AST | SPP, Field(discriminator="method")]
 TrainStage = Shear | LoRA | Full | AST | SPP
-Stage = Annotated[PruneStage | Sparsify | Shear | RecoverStage, Field(discriminator="stage")]
+Stage = Annotated[PruneStage | Sparsify | Denoise | Shear | RecoverStage, Field(discriminator="stage")]
 Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
-STAGES = ("prune", "sparsify", "shear", "recover")
+STAGES = ("prune", "sparsify", "denoise", "shear", "recover")
 RECOVERIES = ("lora", "full", "ast", "spp")
 RANKED = get_args(Ranked.model_fields["method"].annotation)
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", *RANKED)
@@ -624,7 +636,8 @@ class Recipe(_Strict):
         names = [stage.stage for stage in stages]
         if len(set(names)) < len(names) or len(names) > 2 or names[1:] not in ([], ["recover"]):
             raise ValueError(
-                f"must be prune, sparsify or shear, and recover after it, or recover alone; got {', '.join(names)}"
+                "must be prune, sparsify, denoise or shear, and recover after it, or recover alone; got "
+                + ", ".join(names)
             )
         last = stages[-1]
         if names == ["recover"]:
@@ -637,13 +650,16 @@ class Recipe(_Strict):
         elif names[1:] and isinstance(last, AST | SPP) != (names[0] == "sparsify"):
             wanted = "ast or spp, which keep to masks" if names[0] == "sparsify" else "lora or full"
             raise ValueError(f"after {names[0]}, recover.method must be {wanted}")
-        if isinstance(stages[0], Ranked | Shear) and isinstance(last, LoRA) and last.ranks == "damaged":
-            raise ValueError("recover.ranks = damaged: a target cuts all blocks alike; use important or uniform")
+        if isinstance(stages[0], Ranked | Shear | Denoise) and isinstance(last, LoRA) and last.ranks == "damaged":
+            raise ValueError(
+                "recover.ranks = damaged: needs widths that differ by block, as cfsp and shearling leave them; use "
+                "important or uniform"
+            )
         return stages
 
     @property
-    def first(self) -> PruneStage | Sparsify | Shear | None:
-        """The stage that prunes; None where the recipe only trains."""
+    def first(self) -> PruneStage | Sparsify | Denoise | Shear | None:
+        """The stage that changes the model at once or by gates; None where the recipe only trains."""
         stage = self.stages[0]
         return None if isinstance(stage, _Recover) else stage
 
@@ -767,8 +783,9 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
         return list(Loading.model_fields)
     if "slorb" in tags:
         return list(SLoRB.model_fields)
-    if "sparsify" in tags:
-        return list(Sparsify.model_fields)
+    for stage in (Sparsify, Denoise):
+        if stage.model_fields["stage"].default in tags:
+            return list(stage.model_fields)
     for owner in owners:
         if tags.intersection(get_args(owner.model_fields["method"].annotation)):
             return list(owner.model_fields)

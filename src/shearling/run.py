@@ -45,7 +45,7 @@ from shearling.plan import (
     save_edits,
     sizes,
 )
-from shearling.recipe import AST, SPP, Evaluation, PruneStage, Recipe, Shear, Sparsify, TrainStage
+from shearling.recipe import AST, SPP, Denoise, Evaluation, PruneStage, Recipe, Shear, Sparsify, TrainStage
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import attach_adapters_, cut_
@@ -275,7 +275,7 @@ class _Session:
     def _evaluate(self, model: Any, reference: Any = None) -> dict[str, Any]:
         return evaluate_model(model, self.dense[1], self.recipe.evaluate, reference=reference, on_event=self._say)
 
-    def _measure(self, stage: PruneStage | Sparsify) -> dict[str, Any]:
+    def _measure(self, stage: PruneStage | Sparsify | Denoise) -> dict[str, Any]:
         model, tokenizer = self.dense
         home = model.device
         if self.recipe.calibration.stream:
@@ -388,7 +388,7 @@ def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, 
 
 def _outcome(
     recipe: Recipe,
-    stage: PruneStage | Sparsify,
+    stage: PruneStage | Sparsify | Denoise,
     model: Any,
     tokenizer: Any,
     state: Path | None,

@@ -13,13 +13,17 @@ from shearling.methods.masks import plan_masks, preview_masks
 from shearling.methods.ranking import plan_ranked, preview_target
 from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
+from shearling.methods.trawl import chosen_layers, plan_trawl
 from shearling.models import empty_model
 from shearling.plan import Outcome, Plan, Proposal, inventory_of, plan_of, propose_shapes, resolve_target
-from shearling.recipe import Budget, Ranked, Recipe, Shear, Sparsify
+from shearling.recipe import Budget, Denoise, Ranked, Recipe, Shear, Sparsify
 
 
-def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, **options: Any) -> Outcome:
+def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify | Denoise, **options: Any) -> Outcome:
     """Plan and edits of a stage; ``options`` as ``plan_structured``, ``plan_ranked`` and ``plan_masks`` take them."""
+    if isinstance(stage, Denoise):
+        # looks at no text
+        return plan_trawl(model, stage, name=options.get("name", ""))
     if isinstance(stage, Sparsify):
         return plan_masks(model, tokens, stage, **options)
     if isinstance(stage, Ranked):
@@ -61,6 +65,10 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
             plan = plan_of(recipe.model, recipe.stages[0].method, anatomy_of(model.config), inventory_of(model), ())
         case Sparsify() as stage:
             plan = preview_masks(model, stage, recipe.model)
+        case Denoise() as stage:
+            anatomy = anatomy_of(model.config)
+            chosen_layers(anatomy, stage)
+            plan = plan_of(recipe.model, stage.method, anatomy, inventory_of(model), ())
         case Ranked() | Shear() as stage:
             plan = preview_target(model, stage, recipe.model)
         case stage:
