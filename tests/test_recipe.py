@@ -132,11 +132,11 @@ def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "what"),
     [
-        (BASE["stages"][::-1], "or recover alone; got recover, prune"),
-        ([BASE["stages"][1]] * 2, "or recover alone; got recover, recover"),
+        (BASE["stages"][::-1], "of which any may be left out; got recover, prune"),
+        ([BASE["stages"][1]] * 2, "of which any may be left out; got recover, recover"),
         ([{"stage": "recover", "method": "ast"}], "needs the masks of a sparsify stage; alone it must be lora or full"),
         ([{"stage": "recover", "method": "lora", "ranks": "damaged"}], "ranks = damaged needs a prune stage"),
-        ([BASE["stages"][0]] * 2, "must be prune, sparsify, denoise or shear, and recover after it"),
+        ([BASE["stages"][0]] * 2, "must be prune, sparsify, denoise or shear, then recover, then quantise"),
         ([{"stage": "sparsify"}, BASE["stages"][1]], "after sparsify, recover.method must be ast or spp"),
         (
             [BASE["stages"][0], {"stage": "recover", "method": "ast"}],

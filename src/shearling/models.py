@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -55,17 +56,39 @@ def load_tokenizer(name: str) -> Any:
 def load_model(name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """A causal language model in evaluation mode, in ``dtype`` (the checkpoint's own where None).
 
-    Branches that ``save_model`` put into the folder stand beside their linears, in float32.
-    Weights are read from safetensors only. Raises ShearlingError when it cannot be loaded.
+    Branches that ``save_model`` put into the folder stand beside their linears, in float32. Weights that are stored as
+    codes (compressed-tensors) become what these stand for. Weights are read from safetensors only. Raises
+    ShearlingError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
     _register_classes()
-    model = _loaded(
-        name, AutoModelForCausalLM.from_pretrained, dtype="auto" if dtype is None else dtype, use_safetensors=True
-    )
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    stored = getattr(load_config(name), "quantization_config", None)
+    if stored is not None and stored.get("quant_method") == "compressed-tensors":
+        options["quantization_config"] = _as_weights(name)
+    model = _loaded(name, AutoModelForCausalLM.from_pretrained, **options)
+    _forget_codes(model)
     _attach_saved(model, Path(resolve(name)))
     return model.to(device).eval()
+
+
+def _as_weights(name: str) -> Any:
+    """Tells transformers to turn codes into weights while it loads them."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ShearlingError(
+            f"model {name!r}: is quantised, and compressed-tensors is missing; pip install shearling[quant]"
+        )
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    return CompressedTensorsConfig(dequantize=True)
+
+
+def _forget_codes(model: Any) -> None:
+    """Drop what describes the file that weights came from as codes, and would refuse to let them be saved."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _attach_saved(model: nn.Module, folder: Path) -> None:
@@ -156,10 +179,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # these describe the file that the weights came from, and would refuse to be saved
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        _forget_codes(model)
         model.save_pretrained(unfinished)
         tokenizer: Any = AutoTokenizer.from_pretrained(**source)
         tokenizer.save_pretrained(unfinished)

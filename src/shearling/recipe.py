@@ -604,12 +604,30 @@ class Shear(_Train):
         return value
 
 
+Scales = Literal["covering", "mse"]
+
+
+class Quantise(_Strict):
+    """Weights of the blocks' linears on a grid; what was pruned stays exactly zero."""
+
+    stage: Literal["quantise"] = "quantise"
+    method: Literal["rtn", "gptq"] = "gptq"
+    format: Literal["int4", "int8", "uint4", "uint8", "float8_e4m3"] = "int4"
+    #: weights along the input that share a scale; none: a row
+    group: Annotated[int, Field(ge=1)] | None = None
+    #: of a group's range: all of it, or the share with the least squared error
+    scales: Scales = "mse"
+    #: gptq: columns in falling order of their inputs' energy
+    order: bool = True
+    damping: Annotated[float, Field(gt=0)] = 0.01
+
+
 RecoverStage = Annotated[LoRA | Full | AST | SPP, Field(discriminator="method")]
 TrainStage = Shear | LoRA | Full | AST | SPP
-Stage = Annotated[PruneStage | Sparsify | Denoise | Shear | RecoverStage, Field(discriminator="stage")]
+Stage = Annotated[PruneStage | Sparsify | Denoise | Shear | RecoverStage | Quantise, Field(discriminator="stage")]
 Section = TypeVar("Section", bound=_Strict)
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
-STAGES = ("prune", "sparsify", "denoise", "shear", "recover")
+STAGES = ("prune", "sparsify", "denoise", "shear", "recover", "quantise")
 RECOVERIES = ("lora", "full", "ast", "spp")
 RANKED = get_args(Ranked.model_fields["method"].annotation)
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", *RANKED)
@@ -634,12 +652,16 @@ class Recipe(_Strict):
     @classmethod
     def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [stage.stage for stage in stages]
-        if len(set(names)) < len(names) or len(names) > 2 or names[1:] not in ([], ["recover"]):
+        # quantise may end any recipe, or be alone
+        before = names[:-1] if names[-1] == "quantise" else names
+        if "quantise" in before or len(set(before)) < len(before) or before[1:] not in ([], ["recover"]):
             raise ValueError(
-                "must be prune, sparsify, denoise or shear, and recover after it, or recover alone; got "
-                + ", ".join(names)
+                "must be prune, sparsify, denoise or shear, then recover, then quantise, of which any may be left out; "
+                f"got {', '.join(names)}"
             )
-        last = stages[-1]
+        if not before:
+            return stages
+        last, names = stages[len(before) - 1], before
         if names == ["recover"]:
             if isinstance(last, AST | SPP):
                 raise ValueError(
@@ -659,15 +681,20 @@ class Recipe(_Strict):
 
     @property
     def first(self) -> PruneStage | Sparsify | Denoise | Shear | None:
-        """The stage that changes the model at once or by gates; None where the recipe only trains."""
+        """The stage that changes the model at once or by gates; None where the recipe only trains or quantises."""
         stage = self.stages[0]
-        return None if isinstance(stage, _Recover) else stage
+        return None if isinstance(stage, _Recover | Quantise) else stage
 
     @property
     def recover(self) -> RecoverStage | None:
         """The stage that trains what was pruned, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, _Recover)), None)
+
+    @property
+    def quantise(self) -> Quantise | None:
+        """The stage that quantises what the others left, if there is one."""
         stage = self.stages[-1]
-        return stage if isinstance(stage, _Recover) else None
+        return stage if isinstance(stage, Quantise) else None
 
     @property
     def trained(self) -> tuple[TrainStage, ...]:
@@ -783,7 +810,7 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
         return list(Loading.model_fields)
     if "slorb" in tags:
         return list(SLoRB.model_fields)
-    for stage in (Sparsify, Denoise):
+    for stage in (Sparsify, Denoise, Quantise):
         if stage.model_fields["stage"].default in tags:
             return list(stage.model_fields)
     for owner in owners:

@@ -18,7 +18,7 @@ from shearling.data import corpus_tokens, windows
 from shearling.errors import ShearlingError
 from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
 from shearling.events import OnEvent
-from shearling.export import save_model
+from shearling.export import check_storable, save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import (
     dynamic_loading,
@@ -27,17 +27,20 @@ from shearling.methods.corpora import (
     training_windows,
     validation_windows,
 )
+from shearling.methods.quantise import plan_quantised
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
-from shearling.methods.stages import in_shape, plan_stage
+from shearling.methods.stages import in_shape, on_grid, plan_stage, preview_recipe
 from shearling.methods.teaching import check_teacher, teaching
-from shearling.models import check_finite, load_model, load_tokenizer, resolve
+from shearling.models import check_finite, empty_model, load_model, load_tokenizer, resolve
 from shearling.plan import (
     Adapters,
     Delta,
     Edit,
+    Grid,
     Outcome,
     Plan,
+    Quant,
     Structure,
     inventory_of,
     load_edits,
@@ -45,7 +48,19 @@ from shearling.plan import (
     save_edits,
     sizes,
 )
-from shearling.recipe import AST, SPP, Denoise, Evaluation, PruneStage, Recipe, Shear, Sparsify, TrainStage
+from shearling.recipe import (
+    AST,
+    SPP,
+    UNSTRUCTURED,
+    Denoise,
+    Evaluation,
+    PruneStage,
+    Quantise,
+    Recipe,
+    Shear,
+    Sparsify,
+    TrainStage,
+)
 from shearling.report import write_report
 from shearling.rundir import RunDir
 from shearling.surgery import attach_adapters_, cut_
@@ -72,6 +87,7 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     _check_unmasked(recipe)
     # what is recorded then names the shape, whatever a later version would propose
     recipe = in_shape(recipe)
+    _check_storable(recipe)
     for stage in recipe.trained:
         # only to see whether its file is one
         given_references(stage)
@@ -109,15 +125,29 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
 
 def _check_unmasked(recipe: Recipe) -> None:
     """Raise ShearlingError where a recipe that only trains would fill the zeros of a model that we masked."""
-    folder = resolve(recipe.model)
-    if recipe.first is not None or not isinstance(folder, Path) or not (folder / "shearling.json").is_file():
-        return
-    masks = json.loads((folder / "shearling.json").read_text())["plan"].get("masks")
-    if masks is not None:
+    pattern = _own_pattern(recipe.model) if recipe.first is None and recipe.trained else None
+    if pattern is not None:
         raise ShearlingError(
-            f"model {recipe.model!r}: is masked ({masks['pattern']}), and training alone would fill its zeros; recover "
+            f"model {recipe.model!r}: is masked ({pattern}), and training alone would fill its zeros; recover "
             "it in the recipe that masks it, by ast or spp"
         )
+
+
+def _check_storable(recipe: Recipe) -> None:
+    """Raise ShearlingError where the quantised model could not be saved in the end."""
+    if recipe.quantise is not None:
+        plan = preview_recipe(recipe, empty_model(recipe.model, recipe.dtype))
+        # before anything is measured all blocks of a plan are alike
+        uniform = plan.anatomy_after.uniform and getattr(recipe.first, "uniform", True)
+        check_storable(Grid(recipe.quantise.format, recipe.quantise.group), plan.anatomy_after.family, uniform)
+
+
+def _own_pattern(model: str) -> str | None:
+    """The pattern of the masks that we gave a saved model, if we did."""
+    folder = resolve(model)
+    if not isinstance(folder, Path) or not (folder / "shearling.json").is_file():
+        return None
+    return json.loads((folder / "shearling.json").read_text())["plan"].get("masks", {}).get("pattern")
 
 
 def device_of(name: str) -> torch.device:
@@ -219,15 +249,19 @@ class _Session:
                 }
                 folder.finish("recover", {**content, **usage.to_json(), "seconds": trained.seconds})
                 results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
+            quant = None
+            if recipe.quantise is not None:
+                quant = self._quantised(model, recipe.quantise)
+                cut_(model, [quant])
+                results["quantised"] = self._stage("quantised", lambda: self._evaluate_codes(model, outcome.plan))
             made = provenance(recipe, outcome.plan.to_json())
             card = model_card(recipe, outcome.plan, results)
-            save_model(model, self.dense[1], folder.path / "model", provenance=made, card=card)
-        for name in ("recover", "recovered"):
+            save_model(model, self.dense[1], folder.path / "model", provenance=made, card=card, quant=quant)
+        for name in ("recover", "recovered", "quantise", "quantised"):
             found = folder.done(name)
             if found is not None:
                 steps[name] = found
-        if "recovered" in steps:
-            results["recovered"] = steps["recovered"]
+        results |= {name: steps[name] for name in ("recovered", "quantised") if name in steps}
         metrics = self._metrics(results, steps)
         folder.write_json("metrics.json", metrics)
         write_report(folder.path)
@@ -285,6 +319,34 @@ class _Session:
         save_edits(outcome.edits, self.folder.state / "edits")
         return {"importance": list(outcome.plan.importance)}
 
+    def _quantised(self, model: Any, stage: Quantise) -> Quant:
+        """The model's weights on a grid, measured once; the model stays as it is."""
+        recipe, state = self.recipe, self.folder.state
+        pattern = recipe.first.pattern if isinstance(recipe.first, Sparsify) else _own_pattern(recipe.model)
+
+        def work() -> dict[str, Any]:
+            quant = plan_quantised(
+                model,
+                _calibration(recipe, self.dense[1]),
+                stage,
+                pattern=None if pattern == UNSTRUCTURED else pattern,
+                batch=recipe.calibration.batch,
+                state_dir=state / "quantise",
+                on_event=self._event,
+            )
+            save_edits([quant], state / "quant")
+            return {}
+
+        self._stage("quantise", work)
+        (quant,) = load_edits(state / "quant")
+        assert isinstance(quant, Quant)
+        return quant
+
+    def _evaluate_codes(self, model: Any, plan: Plan) -> dict[str, Any]:
+        """As ``_evaluate``, with the bytes that the model has as codes."""
+        assert plan.quantised is not None
+        return {**self._evaluate(model, self.dense[0]), "bytes": plan.quantised.bytes}
+
     def _shear(self, stage: Shear) -> dict[str, Any]:
         self._call(stage)
         model, trained = self._train(copy.deepcopy(self.dense[0]), self._goal(stage), stage)
@@ -312,9 +374,8 @@ class _Session:
     def _planned(self, edits: Sequence[Edit] = (), importance: Sequence[float] = ()) -> Outcome:
         recipe, model = self.recipe, self.dense[0]
         anatomy, inventory = anatomy_of(model.config), inventory_of(model)
-        return Outcome(
-            plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance), tuple(edits)
-        )
+        plan = plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance)
+        return Outcome(on_grid(recipe, model, plan), tuple(edits))
 
     def _train(self, model: Any, outcome: Outcome, stage: TrainStage) -> tuple[Any, TrainResult]:
         """Train a model, which an outcome's edits made of the dense one, as a stage says."""

@@ -97,7 +97,12 @@ class Family:
     @property
     def linears(self) -> tuple[str, ...]:
         """Names of all linears inside a block, in the order in which a token meets them."""
-        return (*self.attention_inputs, self.attention_output, *self.ffn_inputs, self.ffn_output)
+        return tuple(linear for group in self.readers for linear in group)
+
+    @property
+    def readers(self) -> tuple[tuple[str, ...], ...]:
+        """The linears in that order, those together that read the same input."""
+        return self.attention_inputs, (self.attention_output,), self.ffn_inputs, (self.ffn_output,)
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -191,6 +196,10 @@ class Anatomy:
             "query": shape.query_heads * self.head_dim,
             "kv": shape.kv_heads * self.head_dim,
         }[space]
+
+    def weights(self, layer: int) -> list[str]:
+        """Full names of the weights of a block's linears, in the order in which a token meets them."""
+        return [f"{self.path(layer, linear)}.weight" for linear in self.family.linears]
 
     def path(self, layer: int, inner: str = "") -> str:
         """Full name of something inside a block."""

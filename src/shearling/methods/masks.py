@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from shearling.anatomy import anatomy_of
-from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.methods.alps import alps
 from shearling.methods.projections import as_out_in
@@ -29,7 +28,15 @@ from shearling.methods.wanda import wanda_score
 from shearling.plan import Delta, Edit, Masked, Masks, Outcome, Plan, inventory_of, plan_of
 from shearling.plan.patterns import Pattern, mask_of, num_kept
 from shearling.recipe import UNSTRUCTURED, Sparsify
-from shearling.sweep import InputStatistics, Moments, Store, Walk, block_tensors, fingerprint, take_values_
+from shearling.sweep import (
+    InputStatistics,
+    Store,
+    Walk,
+    block_tensors,
+    fingerprint,
+    input_statistics,
+    take_values_,
+)
 
 #: methods that give the weights that stay new values, from the inputs' Gram matrix
 SOLVERS: dict[str, Callable[[Tensor, Tensor, Pattern | float, float], Sparse]] = {"sparsegpt": sparsegpt, "alps": alps}
@@ -136,19 +143,18 @@ def _prune_(
     pattern: Pattern | float,
 ) -> tuple[dict[str, Tensor], float]:
     """Prune the linears of ``stand_in`` in place; returns masks by name, as stored, and the greatest damping needed."""
-    family = walk.anatomy.family
-    groups = [family.attention_inputs, (family.attention_output,), family.ffn_inputs, (family.ffn_output,)]
+    groups, gram = walk.anatomy.family.readers, settings.method in SOLVERS
     # linears of one group read the same input, so one of them is tapped
     readers = [group[0] for group in groups]
     sequential = settings.statistics == "sequential"
     measured: Mapping[str, InputStatistics] = {}
     if settings.method != "magnitude" and not sequential:
-        measured = _measured(walk, layer, block, states, readers, settings)
+        measured = input_statistics(walk, layer, states, readers, gram=gram, block=block)
     masks: dict[str, Tensor] = {}
     damping = 0.0
     for reader, group in zip(readers, groups, strict=True):
         if settings.method != "magnitude" and sequential:
-            measured = _measured(walk, layer, stand_in, states, [reader], settings)
+            measured = input_statistics(walk, layer, states, [reader], gram=gram, block=stand_in)
         for name in group:
             stored = stand_in.get_parameter(f"{name}.weight")
             weight = as_out_in(walk.anatomy, stored)
@@ -171,19 +177,3 @@ def _pruned(weight: Tensor, inputs: InputStatistics | None, settings: Sparsify, 
         score = weight.abs()
     mask = mask_of(score, pattern)
     return Sparse(torch.where(mask, weight, torch.zeros_like(weight)), mask, 0.0)
-
-
-def _measured(
-    walk: Walk, layer: int, block: nn.Module, states: Tensor, names: Sequence[str], settings: Sparsify
-) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of some linears of a block, the states left as they are."""
-    moments = {name: Moments(gram=settings.method in SOLVERS) for name in names}
-    walk.read(layer, states, moments, block)
-    found = {name: collected.result() for name, collected in moments.items()}
-    for name, statistics in found.items():
-        if not torch.isfinite(statistics.norm).all():
-            raise ShearlingError(
-                f"{walk.anatomy.path(layer, name)}: its inputs are not finite on the calibration text; look for NaN or "
-                "overflow in its weights, or use dtype float32 or bfloat16"
-            )
-    return found

@@ -15,7 +15,18 @@ from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
 from shearling.methods.trawl import chosen_layers, plan_trawl
 from shearling.models import empty_model
-from shearling.plan import Outcome, Plan, Proposal, inventory_of, plan_of, propose_shapes, resolve_target
+from shearling.plan import (
+    Grid,
+    Outcome,
+    Plan,
+    Proposal,
+    inventory_after,
+    inventory_of,
+    plan_of,
+    propose_shapes,
+    quantised_size,
+    resolve_target,
+)
 from shearling.recipe import Budget, Denoise, Ranked, Recipe, Shear, Sparsify
 
 
@@ -73,6 +84,7 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
             plan = preview_target(model, stage, recipe.model)
         case stage:
             plan = preview(model, stage, recipe.model)
+    plan = on_grid(recipe, model, plan)
     if not recipe.trained:
         return plan
     compute = None if recipe.device == "cpu" else torch.bfloat16
@@ -80,6 +92,18 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
         recovery_memory(recipe, stage, model, plan, compute=compute, processes=processes) for stage in recipe.trained
     )
     return replace(plan, estimate={"peak_bytes": max(memory.peak for memory in found)})
+
+
+def on_grid(recipe: Recipe, model: Any, plan: Plan) -> Plan:
+    """The plan of a recipe's model with what it weighs once it is quantised, where the recipe does that.
+
+    Raises ShearlingError where the grid's groups do not fill the inputs of a linear.
+    """
+    if recipe.quantise is None:
+        return plan
+    after = inventory_after(inventory_of(model), plan.anatomy_before, plan.anatomy_after, plan.layers)
+    grid = Grid(recipe.quantise.format, recipe.quantise.group)
+    return replace(plan, quantised=quantised_size(after, plan.anatomy_after, grid))
 
 
 def _budgeted(recipe: Recipe) -> Ranked | Shear | None:

@@ -8,7 +8,17 @@ from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan, engines
 from shearling.plan.proposals import HEADINGS, Proposal, propose_shapes, resolve_target
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
-from shearling.plan.sizes import Inventory, Sizes, TensorSize, inventory_after, inventory_of, sizes, unit_parameters
+from shearling.plan.sizes import (
+    Inventory,
+    Quantised,
+    Sizes,
+    TensorSize,
+    inventory_after,
+    inventory_of,
+    quantised_size,
+    sizes,
+    unit_parameters,
+)
 from shearling.plan.target import leading, target_anatomy
 
 __all__ = [
@@ -25,6 +35,7 @@ __all__ = [
     "Plan",
     "Proposal",
     "Quant",
+    "Quantised",
     "Sizes",
     "Structure",
     "TensorSize",
@@ -42,6 +53,7 @@ __all__ = [
     "load_edits",
     "plan_of",
     "propose_shapes",
+    "quantised_size",
     "resolve_target",
     "round_to_total",
     "save_edits",

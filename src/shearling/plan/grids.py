@@ -49,6 +49,16 @@ class Grid:
         if self.group is not None and self.group < 1:
             raise ShearlingError(f"grid {self.format}: a group of {self.group} is empty; it must be 1 or more, or None")
 
+    @property
+    def has_zeros(self) -> bool:
+        """Whether every group has a zero point of its own."""
+        return FORMATS[self.format][0] == 0
+
+    @property
+    def bits(self) -> int:
+        """Of a stored code."""
+        return 4 if self.format.endswith("int4") else 8
+
     def check(self, inputs: int) -> None:
         """ShearlingError unless groups fill ``inputs``."""
         if self.group is not None and inputs % self.group:
@@ -68,25 +78,39 @@ class Grid:
         with scale 1, and one with a NaN or an infinity gives values that are not finite.
         Raises ShearlingError where the groups do not fill the inputs.
         """
+        scales_OG, zeros_OG = self.cover(weight_OI)
+        return Codes(self.round(weight_OI, scales_OG, zeros_OG), scales_OG, zeros_OG)
+
+    @torch.no_grad()
+    def cover(self, weight_OI: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Scales (float32) and zeros [O, G] of the grid that covers a share of every group's range and clips the rest.
+
+        Raises ShearlingError where the groups do not fill the inputs.
+        """
         inputs = weight_OI.shape[1]
         self.check(inputs)
         first, last, dtype = FORMATS[self.format]
         weight_OGi = weight_OI.float().unflatten(1, (-1, self.group or inputs))
-        high_OG1 = weight_OGi.amax(-1, keepdim=True).clamp(min=0)
-        low_OG1 = weight_OGi.amin(-1, keepdim=True).clamp(max=0)
+        high_OG = weight_OGi.amax(-1).clamp(min=0) * share
+        low_OG = weight_OGi.amin(-1).clamp(max=0) * share
         if first:
             # the smallest step that clips nothing: integers have one code more on the negative side
-            scales_OG1 = _divisor(torch.maximum(high_OG1 / last, low_OG1 / first))
-            places_OGi, zeros_OG1 = weight_OGi / scales_OG1, torch.zeros_like(scales_OG1)
-        else:
-            scales_OG1 = _divisor((high_OG1 - low_OG1) / last)
-            places_OGi = weight_OGi / scales_OG1 * REACH
-            zeros_OG1 = -places_OGi.amin(-1, keepdim=True).clamp(max=0).round()
+            scales_OG = _divisor(torch.maximum(high_OG / last, low_OG / first))
+            return scales_OG, torch.zeros_like(scales_OG).to(dtype)
+        scales_OG = _divisor((high_OG - low_OG) / last)
+        return scales_OG, (-(low_OG / scales_OG * REACH)).round().to(dtype)
+
+    @torch.no_grad()
+    def round(self, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        """Codes [O, I] of the nearest values of the grid with these scales and zeros; groups are alike in size."""
+        first, last, dtype = FORMATS[self.format]
+        places_OGi = weight_OI.float().unflatten(1, (scales_OG.shape[1], -1)) / scales_OG.unsqueeze(-1)
         if dtype.is_floating_point:
             codes_OGi = _positive_zeros(places_OGi.clamp(first, last).to(dtype).float())
         else:
-            codes_OGi = (places_OGi.round() + zeros_OG1).clamp(first, last)
-        return Codes(codes_OGi.flatten(1).to(dtype), scales_OG1.squeeze(-1), zeros_OG1.squeeze(-1).to(dtype))
+            places_OGi = places_OGi if first else places_OGi * REACH
+            codes_OGi = (places_OGi.round() + zeros_OG.float().unsqueeze(-1)).clamp(first, last)
+        return codes_OGi.flatten(1).to(dtype)
 
 
 def dequantise(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

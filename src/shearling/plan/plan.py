@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shearling.anatomy import Anatomy, obstacle
-from shearling.plan.sizes import Sizes
+from shearling.plan.sizes import Quantised, Sizes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Plan:
     """Sizes and block shapes before and after, who loads the result, and what making it costs.
 
     ``importance`` has one number a block, empty where nothing was measured. ``estimate`` holds the
-    ``peak_bytes`` of training where they are known. Masks change no size: ``masked`` counts them.
+    ``peak_bytes`` of training where they are known. Masks change no size: ``masked`` counts them. ``quantised`` is the
+    size with codes in place of weights, where there is a grid.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Plan:
     importance: tuple[float, ...] = ()
     estimate: dict[str, float] = field(default_factory=dict)
     masked: Masked | None = None
+    quantised: Quantised | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``."""
@@ -50,6 +52,7 @@ class Plan:
             "engines": engines(self.anatomy_after),
             "estimate": self.estimate,
             **({} if self.masked is None else {"masks": asdict(self.masked)}),
+            **({} if self.quantised is None else {"quantised": asdict(self.quantised)}),
         }
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -71,6 +74,12 @@ class Plan:
             share = self.masked.kept / self.masked.of
             of, kept = f"{self.masked.of:,}", f"{self.masked.kept:,}"
             rows.append((f"weights under the masks ({self.masked.pattern})", of, kept, f"{share:.3f}"))
+        if self.quantised is not None:
+            grid = self.quantised
+            name = f"{grid.format}, " + ("a scale a row" if grid.group is None else f"groups of {grid.group}")
+            share = f"{grid.bytes / self.before.bytes:.3f}"
+            rows.append((f"bytes, quantised ({name})", f"{self.before.bytes:,}", f"{grid.bytes:,}", share))
+            rows.append(("bits of a quantised weight, with its scales", "", f"{grid.bits:.3f}", ""))
         if "peak_bytes" in self.estimate:
             rows.append(("memory of training, estimated", "", f"{self.estimate['peak_bytes'] / 2**30:.1f} GiB", ""))
         for name in ("hidden", "num_layers"):

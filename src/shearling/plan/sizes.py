@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from torch import nn
 
 from shearling.anatomy import Anatomy, Layout, is_branch
+from shearling.errors import ShearlingError
+from shearling.plan.grids import Grid
 
 
 class TensorSize(NamedTuple):
@@ -90,6 +93,41 @@ def sizes(inventory: Inventory, anatomy: Anatomy) -> Sizes:
             matmul += tensor.numel
     kv = sum(2 * shape.kv_heads * anatomy.head_dim * itemsize for shape in anatomy.shapes)
     return Sizes(parameters, bytes_, ffn, kv, 2 * (matmul + anatomy.vocab * anatomy.hidden))
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What a grid makes of the weights it covers: ``bits`` of one with its share of scales and zero points, ``bytes``.
+
+    ``bytes`` are those of the whole model, with what is not covered as it is.
+    """
+
+    format: str
+    group: int | None
+    bits: float
+    bytes: int
+
+
+def quantised_size(inventory: Inventory, anatomy: Anatomy, grid: Grid) -> Quantised:
+    """The size of a model whose blocks' linears are on a grid; scales have the type of the weights.
+
+    Raises ShearlingError, naming the weight, where the grid's groups do not fill its inputs.
+    """
+    names = {name for layer in range(anatomy.num_layers) for name in anatomy.weights(layer)}
+    covered = bits = rest = 0
+    for name, tensor in inventory.items():
+        if name not in names:
+            rest += tensor.numel * tensor.itemsize
+            continue
+        inputs = tensor.shape[0 if anatomy.family.input_first else 1]
+        try:
+            grid.check(inputs)
+        except ShearlingError as error:
+            raise ShearlingError(f"{name}: {error}") from error
+        groups = tensor.numel // (grid.group or inputs)
+        covered += tensor.numel
+        bits += tensor.numel * grid.bits + groups * (8 * tensor.itemsize + (grid.bits if grid.has_zeros else 0))
+    return Quantised(grid.format, grid.group, bits / covered, rest + math.ceil(bits / 8))
 
 
 def unit_parameters(inventory: Inventory, anatomy: Anatomy, layer: int) -> tuple[int, int]:

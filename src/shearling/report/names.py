@@ -9,5 +9,5 @@ def model_names(*, trained: bool) -> dict[str, str]:
     What such a run started from may have been pruned before, so it is not called dense.
     """
     if trained:
-        return {"dense": "original", "recovered": "trained"}
-    return {"dense": "dense", "pruned": "pruned", "recovered": "recovered"}
+        return {"dense": "original", "recovered": "trained", "quantised": "quantised"}
+    return {"dense": "dense", "pruned": "pruned", "recovered": "recovered", "quantised": "quantised"}

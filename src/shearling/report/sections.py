@@ -82,7 +82,7 @@ def _measured(run: RunFiles) -> dict[str, Record]:
 def _sizes(run: RunFiles) -> tuple[Record, Record]:
     """Sizes before and after: as planned, and as measured where a model was measured."""
     measured = _measured(run)
-    last = measured.get("recovered") or measured.get("pruned") or {}
+    last = next(reversed([row for key, row in measured.items() if key != "dense"]), {})
     known = ("parameters", "bytes")
     sizes = []
     for planned, model in (("before", measured.get("dense", {})), ("after", last)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from shearling.errors import ShearlingError
 from shearling.plan import write_tensors
-from shearling.sweep.statistics import Angles, BlockStatistics, Moments
+from shearling.sweep.statistics import Angles, BlockStatistics, InputStatistics, Moments
 from shearling.sweep.walk import Walk
 
 Event = dict[str, Any]
@@ -57,6 +58,25 @@ def measure(
         if on_event is not None:
             on_event({"stage": "measure", "block": layer, "blocks": len(files), "seconds": time.perf_counter() - start})
     return result
+
+
+def input_statistics(
+    walk: Walk, layer: int, states: Tensor, names: Sequence[str], *, gram: bool, block: nn.Module | None = None
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of some linears of a block (or of a stand-in for it), the states left as they are.
+
+    Raises ShearlingError, naming the linear, where its inputs are not finite.
+    """
+    moments = {name: Moments(gram=gram) for name in names}
+    walk.read(layer, states, moments, block)
+    found = {name: collected.result() for name, collected in moments.items()}
+    for name, statistics in found.items():
+        if not torch.isfinite(statistics.norm).all():
+            raise ShearlingError(
+                f"{walk.anatomy.path(layer, name)}: its inputs are not finite on the calibration text; look for NaN or "
+                "overflow in its weights, or use dtype float32 or bfloat16"
+            )
+    return found
 
 
 def fingerprint(model: nn.Module, tokens: Tensor, *choices: object) -> str:
