@@ -20,12 +20,13 @@ from shearling.methods.ast import ASTPolicy
 from shearling.methods.gptq import gptq
 from shearling.methods.quantise import plan_quantised
 from shearling.methods.rounding import rounded
+from shearling.methods.slim import clipping, compensated, slim_rounded
 from shearling.models import load_model
 from shearling.plan import Grid, Masks, dequantise, inventory_of, load_edits, quantised_size, save_edits
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST, Quantise, RecipeError, parse_recipe
 from shearling.run import run
-from shearling.surgery import cut_
+from shearling.surgery import attach_adapters_, cut_
 from shearling.train import TrainSettings, train
 from tests.tiny import FAMILIES, tiny_folder, tiny_model, tiny_tokens
 
@@ -148,7 +149,7 @@ def test_one_weight_a_group_is_exact() -> None:
 def test_a_cut_model_has_the_codes_values_and_other_weights_are_left_alone(family: str, method: Any) -> None:
     model = tiny_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    quant = plan_quantised(model, tiny_tokens(4, 32), Quantise(method=method, format="uint4", group=8))
+    (quant,) = plan_quantised(model, tiny_tokens(4, 32), Quantise(method=method, format="uint4", group=8))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     cut_(model, [quant])
     linears = {name for layer in range(3) for name in anatomy_of(model.config).weights(layer)}
@@ -168,7 +169,7 @@ def test_gptq_follows_the_rounded_model() -> None:
     gaps = {}
     for method in ("rtn", "gptq"):
         own = tiny_model("llama")
-        cut_(own, [plan_quantised(own, tokens, Quantise(method=method, format="int4", scales="covering"))])
+        cut_(own, plan_quantised(own, tokens, Quantise(method=method, format="int4", scales="covering")))
         with torch.no_grad():
             gaps[method] = float((own(tokens).logits - wanted).norm() / wanted.norm())
     assert gaps["gptq"] < 0.9 * gaps["rtn"]
@@ -176,7 +177,7 @@ def test_gptq_follows_the_rounded_model() -> None:
 
 def test_finished_blocks_are_not_measured_again(tmp_path: Path) -> None:
     model, tokens, settings = tiny_model("llama"), tiny_tokens(4, 32), Quantise(format="int4", group=8)
-    whole = plan_quantised(model, tokens, settings)
+    (whole,) = plan_quantised(model, tokens, settings)
 
     class Stop(Exception):
         pass
@@ -189,7 +190,7 @@ def test_finished_blocks_are_not_measured_again(tmp_path: Path) -> None:
         plan_quantised(model, tokens, settings, state_dir=tmp_path, on_event=stop)
     kept = sorted(file.name for file in tmp_path.rglob("*.safetensors"))
     assert kept == ["quant-0000.safetensors", "quant-0001.safetensors"]
-    again = plan_quantised(model, tokens, settings, state_dir=tmp_path)
+    (again,) = plan_quantised(model, tokens, settings, state_dir=tmp_path)
     for name, tensor in whole.tensors().items():
         assert torch.equal(again.tensors()[name], tensor)
 
@@ -202,9 +203,86 @@ def test_what_quantisation_aware_ast_trained_is_on_the_grid_already() -> None:
     assert isinstance(masks, Masks)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = Quantise(method="rtn", format="int4", group=8, scales="covering")
-    cut_(model, [plan_quantised(model, tiny_tokens(), plain, pattern="2:4")])
+    cut_(model, plan_quantised(model, tiny_tokens(), plain, pattern="2:4"))
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=3e-7, atol=0)
+
+
+# --- SLiM
+
+
+def test_the_clipping_has_the_least_error_of_all_scales() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    weight[0, :3] = 30.0
+
+    def error(alpha: float) -> float:
+        step = alpha / 7
+        return float(((weight / step).round().clamp(-7, 7) * step - weight).square().sum())
+
+    best = min(error(alpha) for alpha in torch.linspace(0.5, 30, 600).tolist())
+    assert error(float(clipping(weight, 7))) < 1.03 * best < 0.2 * error(30.0)
+    assert float(clipping(torch.zeros(4, 4), 7)) == 0
+
+
+@pytest.mark.parametrize("grid", [Grid("int4"), Grid("int4", 16)])
+def test_a_branch_makes_up_for_what_was_lost(grid: Grid) -> None:
+    goal, gram, _ = case(2, 48, 64, False)
+    kept = TWO_OF_FOUR.mask(goal.abs())
+    weight = torch.where(kept, goal, 0.0)
+    found = compensated(goal, weight, gram, 8, lambda of: slim_rounded(of, grid))
+    value = dequantise(*found.codes)
+    assert not value[~kept].any() and found.down.shape == (8, 64) and found.up.shape == (48, 8)
+    alone = loss(goal, dequantise(*slim_rounded(weight, grid)), gram)
+    with_branch = loss(goal, value + found.up @ found.down, gram)
+    assert with_branch < 0.7 * alone
+    # of all branches of that rank, this one leaves the least of these codes' error on these inputs
+    root = torch.linalg.cholesky(gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(64))
+    rest = torch.linalg.svdvals((goal - value).double() @ root)[8:].square().sum()
+    left = (goal - value - found.up @ found.down).double() @ root
+    torch.testing.assert_close(left.square().sum(), rest, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["slim", "gptq"])
+@pytest.mark.parametrize("branches", [None, "int8"])
+def test_a_compensated_model_is_nearer_the_dense_one(method: Any, branches: Any) -> None:
+    tokens, dense, gaps = tiny_tokens(16, 48), tiny_model("llama"), []
+    with torch.no_grad():
+        wanted = dense(tokens).logits
+    for compensate in (None, 0.25):
+        model = tiny_model("llama")
+        masks = {
+            name: TWO_OF_FOUR.mask(model.get_parameter(name).abs())
+            for layer in range(3)
+            for name in anatomy_of(model.config).weights(layer)
+        }
+        cut_(model, [Masks(masks, "2:4")])
+        wish = Quantise(method=method, format="int4", group=16, compensate=compensate)
+        wish = wish.model_copy(update={"branches": branches if compensate else None})
+        quant, *adapters = plan_quantised(model, tokens, wish, goal=dense, pattern="2:4")
+        cut_(model, [quant])
+        assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
+        for edit in adapters:
+            attach_adapters_(model, edit)
+        with torch.no_grad():
+            gaps.append(float((model(tokens).logits - wanted).norm() / wanted.norm()))
+    assert gaps[1] < 0.8 * gaps[0]
+
+
+def test_a_recipe_saves_codes_and_branches(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    slim = {**QUANTISE, "method": "slim", "compensate": 0.2, "branches": "int8"}
+    metrics = run(recipe(tiny_folder(tmp_path / "source"), MASK, slim), tmp_path / "run")
+    folder = tmp_path / "run" / "model"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    again = run(
+        recipe(folder, {**QUANTISE, "method": "rtn", "scales": "covering", "format": "int8"}), tmp_path / "again"
+    )
+    assert again["dense"]["perplexity"] == pytest.approx(metrics["quantised"]["perplexity"], rel=1e-4)
+    with pytest.raises(RecipeError, match="branches needs compensate"):
+        recipe(folder, {**QUANTISE, "branches": "int8"})
+    with pytest.raises(RecipeError, match="method = slim is symmetric; format must be int4 or int8, not uint4"):
+        recipe(folder, {**slim, "format": "uint4"})
 
 
 # --- the checkpoint
@@ -224,7 +302,7 @@ def test_compressed_tensors_reads_what_is_saved(family: str, name: Any, group: i
         for path in anatomy_of(model.config).weights(layer)
     }
     cut_(model, [Masks(masks, "2:4")])
-    quant = plan_quantised(model, tokens, Quantise(method="rtn", format=name, group=group), pattern="2:4")
+    (quant,) = plan_quantised(model, tokens, Quantise(method="rtn", format=name, group=group), pattern="2:4")
     cut_(model, [quant])
     save_model(model, None, tmp_path / "model", provenance={}, quant=quant)
     content = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
@@ -241,7 +319,7 @@ def test_plain_transformers_reads_it_too(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, tokens = tiny_model("llama"), tiny_tokens()
-    quant = plan_quantised(model, tokens, Quantise(method="rtn", format="int4", group=8))
+    (quant,) = plan_quantised(model, tokens, Quantise(method="rtn", format="int4", group=8))
     cut_(model, [quant])
     save_model(model, None, tmp_path / "model", provenance={}, quant=quant)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -256,7 +334,7 @@ def test_bits_are_counted_with_scales_and_zero_points(tmp_path: Path) -> None:
     assert quantised_size(inventory, anatomy, Grid("int4", 8)).bits == 4 + 32 / 8
     assert quantised_size(inventory, anatomy, Grid("uint4", 8)).bits == 4 + 36 / 8
     found = quantised_size(inventory, anatomy, Grid("int4", 8))
-    quant = plan_quantised(model, tiny_tokens(), Quantise(method="rtn", format="int4", group=8))
+    (quant,) = plan_quantised(model, tiny_tokens(), Quantise(method="rtn", format="int4", group=8))
     covered = sum(codes.numel() for codes in quant.codes.values())
     others = sum(p.numel() * 4 for name, p in model.named_parameters() if name not in quant.codes)
     assert found.bytes == others + covered // 2 + covered // 8 * 4

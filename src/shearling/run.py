@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearling.anatomy import anatomy_of
+from shearling.anatomy import anatomy_of, is_branch
 from shearling.card import model_card, provenance, versions
 from shearling.data import corpus_tokens, windows
 from shearling.errors import ShearlingError
@@ -251,8 +251,11 @@ class _Session:
                 results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
             quant = None
             if recipe.quantise is not None:
-                quant = self._quantised(model, recipe.quantise)
+                quant, *branches = self._quantised(model, recipe.quantise)
                 cut_(model, [quant])
+                for adapters in branches:
+                    # merged they would leave the grid
+                    attach_adapters_(model, adapters)
                 results["quantised"] = self._stage("quantised", lambda: self._evaluate_codes(model, outcome.plan))
             made = provenance(recipe, outcome.plan.to_json())
             card = model_card(recipe, outcome.plan, results)
@@ -319,33 +322,35 @@ class _Session:
         save_edits(outcome.edits, self.folder.state / "edits")
         return {"importance": list(outcome.plan.importance)}
 
-    def _quantised(self, model: Any, stage: Quantise) -> Quant:
-        """The model's weights on a grid, measured once; the model stays as it is."""
+    def _quantised(self, model: Any, stage: Quantise) -> tuple[Quant] | tuple[Quant, Adapters]:
+        """The model's weights on a grid, measured once, and branches beside them; the model stays as it is."""
         recipe, state = self.recipe, self.folder.state
         pattern = recipe.first.pattern if isinstance(recipe.first, Sparsify) else _own_pattern(recipe.model)
 
         def work() -> dict[str, Any]:
-            quant = plan_quantised(
+            edits = plan_quantised(
                 model,
                 _calibration(recipe, self.dense[1]),
                 stage,
+                # trained weights have left the dense ones behind
+                goal=self.dense[0] if isinstance(recipe.first, Sparsify) and recipe.recover is None else None,
                 pattern=None if pattern == UNSTRUCTURED else pattern,
                 batch=recipe.calibration.batch,
                 state_dir=state / "quantise",
                 on_event=self._event,
             )
-            save_edits([quant], state / "quant")
+            save_edits(edits, state / "quant")
             return {}
 
         self._stage("quantise", work)
-        (quant,) = load_edits(state / "quant")
-        assert isinstance(quant, Quant)
-        return quant
+        found: Any = tuple(load_edits(state / "quant"))
+        return found
 
     def _evaluate_codes(self, model: Any, plan: Plan) -> dict[str, Any]:
         """As ``_evaluate``, with the bytes that the model has as codes."""
         assert plan.quantised is not None
-        return {**self._evaluate(model, self.dense[0]), "bytes": plan.quantised.bytes}
+        beside = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if is_branch(name))
+        return {**self._evaluate(model, self.dense[0]), "bytes": plan.quantised.bytes + beside}
 
     def _shear(self, stage: Shear) -> dict[str, Any]:
         self._call(stage)

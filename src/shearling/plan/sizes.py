@@ -61,6 +61,9 @@ def inventory_after(
 ) -> dict[str, TensorSize]:
     """The inventory that the same tensors have in another anatomy; ``layers`` are the old indices that stay."""
     renumber = {old: new for new, old in enumerate(range(before.num_layers) if layers is None else layers)}
+    if after == before:
+        # branches too, which no cut knows
+        return dict(inventory)
     result = {}
     for name, (shape, itemsize) in inventory.items():
         old = before.layer_of(name)
