@@ -3,8 +3,8 @@
     python benchmarks/quantised.py --data DIR [--json FILE] [--quick] [--models NAME=FOLDER ...] [--methods NAME ...]
 
 Every model is quantised by every method, from what it is; a masked one keeps its zeros. SmolLM2 as its package ships it
-was 4-bit before, so without ``--models`` its rows say little: give folders of models that were trained since. Calibrated
-on 64 x 2048 tokens of the training corpora; scored on the first windows of WikiText-2 test and the held-out corpora.
+was 4-bit before, so without ``--models`` its rows say little: give folders of models that were trained since. With
+64 x 2048 tokens of the training corpora; scored on the first windows of WikiText-2 test and the held-out corpora.
 """
 
 from __future__ import annotations

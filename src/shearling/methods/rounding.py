@@ -9,7 +9,7 @@ from shearling.plan import Codes, Grid, dequantise
 from shearling.recipe import Scales
 
 #: shares of a group's range that are tried: what is clipped may cost less than wider steps
-SHARES = tuple(1 - step / 40 for step in range(29))
+SHARES = tuple(1 - step / 32 for step in range(16))
 
 
 def rounded(weight_OI: Tensor, grid: Grid, scales: Scales = "covering") -> Codes:
