@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,8 @@ from shearling.methods.ranking import plan_ranked, preview_target
 from shearling.methods.recovery import recovery_memory
 from shearling.methods.structured import Settings, plan_structured, preview
 from shearling.models import empty_model
-from shearling.plan import Outcome, Plan, Proposal, inventory_of, plan_of, propose_shapes, resolve_target
-from shearling.recipe import Budget, Ranked, Recipe, Shear, Sparsify
+from shearling.plan import Cost, Outcome, Plan, Proposal, Width, inventory_of, plan_of, propose_shapes, resolve_target
+from shearling.recipe import Budget, Ranked, Recipe, Shear, Sparsify, Target
 
 
 def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, **options: Any) -> Outcome:
@@ -27,26 +28,41 @@ def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify, 
     return plan_structured(model, tokens, stage, **options)
 
 
-def proposed(recipe: Recipe, model: Any) -> list[Proposal]:
-    """Shapes that a recipe's budget allows its model, which may be on meta; none where it names no budget."""
-    stage = _budgeted(recipe)
-    if stage is None:
+def budget_of(recipe: Recipe) -> Budget | None:
+    """The budget that a recipe names instead of a shape, if it does."""
+    stage = recipe.first
+    return stage.target if isinstance(stage, Ranked | Shear) and isinstance(stage.target, Budget) else None
+
+
+def proposed(recipe: Recipe, model: Any, measured: Mapping[Width, Cost] | None = None) -> list[Proposal]:
+    """Shapes that a recipe's budget allows its model, which may be on meta; none where it names no budget.
+
+    ``measured`` as in ``propose_shapes``.
+    """
+    budget = budget_of(recipe)
+    if budget is None:
         return []
-    budget = stage.target
-    assert isinstance(budget, Budget)
-    return propose_shapes(anatomy_of(model.config), inventory_of(model), budget.amount, budget.of)
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    return propose_shapes(anatomy, inventory, budget.amount, budget.of, measured=measured)
 
 
-def in_shape(recipe: Recipe) -> Recipe:
+def in_shape(recipe: Recipe, measured: Mapping[Width, Cost] | None = None) -> Recipe:
     """The recipe with an exact shape in place of a budget, by its model's config; others as they are.
 
-    Raises ShearlingError as ``resolve_target``, and for a model without a config.
+    ``measured`` as in ``propose_shapes``. Raises ShearlingError as ``resolve_target``, and for a model without a
+    config.
     """
-    stage = _budgeted(recipe)
-    if stage is None:
+    budget = budget_of(recipe)
+    if budget is None:
         return recipe
     model = empty_model(recipe.model, recipe.dtype)
-    target = resolve_target(anatomy_of(model.config), inventory_of(model), stage.target)
+    return with_target(recipe, resolve_target(anatomy_of(model.config), inventory_of(model), budget, measured))
+
+
+def with_target(recipe: Recipe, target: Target) -> Recipe:
+    """The recipe with a shape in place of its first stage's."""
+    stage = recipe.first
+    assert isinstance(stage, Ranked | Shear)
     return recipe.model_copy(update={"stages": (stage.model_copy(update={"target": target}), *recipe.stages[1:])})
 
 
@@ -72,9 +88,3 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
         recovery_memory(recipe, stage, model, plan, compute=compute, processes=processes) for stage in recipe.trained
     )
     return replace(plan, estimate={"peak_bytes": max(memory.peak for memory in found)})
-
-
-def _budgeted(recipe: Recipe) -> Ranked | Shear | None:
-    """The stage whose target is a budget, if there is one."""
-    stage = recipe.first
-    return stage if isinstance(stage, Ranked | Shear) and isinstance(stage.target, Budget) else None
