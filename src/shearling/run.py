@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.card import model_card, provenance, versions
-from shearling.data import corpus_tokens, windows
+from shearling.data import corpus_tokens, read_references, windows
 from shearling.errors import ShearlingError
 from shearling.evaluate import (
     Latency,
@@ -30,7 +30,6 @@ from shearling.export import save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import (
     dynamic_loading,
-    given_references,
     separator_of,
     training_windows,
     validation_windows,
@@ -55,7 +54,7 @@ from shearling.plan import (
     save_edits,
     sizes,
 )
-from shearling.recipe import AST, SPP, Budget, Evaluation, PruneStage, Recipe, Shear, Sparsify, TrainStage
+from shearling.recipe import AST, SOURCE, SPP, Budget, Evaluation, PruneStage, Recipe, Shear, Sparsify, TrainStage
 from shearling.report import write_report
 from shearling.rundir import RunDir, recorded_shape
 from shearling.surgery import attach_adapters_, cut_
@@ -89,7 +88,7 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
         recipe = world.agree(_in_measured_shape(recipe, budget, Path(out), on_event) if world.first else None)
     for stage in recipe.trained:
         # only to see whether its file is one
-        given_references(stage)
+        _references(stage)
     for stage in recipe.trained:
         if stage.batch % world.size:
             raise ShearlingError(f"{stage.stage}.batch = {stage.batch}: must be a multiple of {world.size} processes")
@@ -158,6 +157,14 @@ def _check_unmasked(recipe: Recipe) -> None:
             f"model {recipe.model!r}: is masked ({masks['pattern']}), and training alone would fill its zeros; recover "
             "it in the recipe that masks it, by ast or spp"
         )
+
+
+def _references(stage: TrainStage) -> dict[str, float | dict[float, float]] | None:
+    """The losses of domains that a stage names or has in a file; None where the dense model gives them, or no one."""
+    if stage.loading is None or stage.domains is None or stage.loading.reference == SOURCE:
+        return None
+    given = stage.loading.reference
+    return given if isinstance(given, dict) else read_references(given, stage.domains)
 
 
 def device_of(name: str) -> torch.device:
@@ -376,7 +383,8 @@ class _Session:
         parameters = outcome.plan.after.parameters
         if stage.loading is not None:
             assert isinstance(held_out, dict), "recipes have validation texts for it"
-            policies.append(dynamic_loading(stage, stage.loading, parameters, dense, held_out, settings, tell))
+            table = _references(stage)
+            policies.append(dynamic_loading(stage.loading, table, parameters, dense, held_out, settings, tell))
         state = self.folder.state / ("train" if stage.stage == "recover" else stage.stage)
         with teaching(recipe, stage, model, dense, text, settings.separator, outcome.edits, self._say) as followed:
             policies += followed
