@@ -132,6 +132,19 @@ def test_nothing_is_timed_twice(tmp_path: Path) -> None:
         measured(tiny_config("llama", **{**SMOLLM2, "vocab_size": 1000}), file, silent)
 
 
+def test_a_busy_device_is_measured_again_and_then_named(tmp_path: Path) -> None:
+    config, clock, busy = tiny_config("llama"), Clock(), [1.0, 1.0, 5.0]
+
+    def disturbed(of: Any, *rest: Any) -> float:
+        return clock(of, *rest) + (busy.pop() if of.num_hidden_layers == 1 and busy else 0.0)
+
+    expected = measured(config, tmp_path / "quiet.json", Clock())
+    with pytest.raises(ShearlingError, match=r"^latency: two blocks took no longer than one; measure while[^\n]*$"):
+        measured(config, tmp_path / "times.json", disturbed)
+    busy.extend([1.0, 1.0])
+    assert measured(config, tmp_path / "times.json", disturbed) == expected
+
+
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     file.write_text("[1]")
@@ -147,7 +160,6 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi3"])
 def test_blocks_of_every_kind_of_family_are_timed(family: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(step_time, "MOST", 3)
     monkeypatch.setattr(step_time, "FLUSH", 1)
     config, file = tiny_config(family), tmp_path / "times.json"
     phase: Any = "prefill" if family == "gemma3_text" else "decode"
@@ -155,8 +167,8 @@ def test_blocks_of_every_kind_of_family_are_timed(family: str, tmp_path: Path, m
     shapes = list(shapes_to_measure(anatomy_of(config)))
     assert set(latency.block) == set(shapes)
     assert set(latency.base) == {shape.width.hidden for shape in shapes}
-    assert all(0 <= time < math.inf for time in (*latency.base.values(), *latency.block.values()))
-    assert max(*latency.base.values(), *latency.block.values()) > 0
+    assert all(0 <= time < math.inf for time in latency.base.values())
+    assert all(0 < time < math.inf for time in latency.block.values())
     ((key, times),) = json.loads(file.read_text()).items()
     assert f"{family} " in key and f"phase {phase}, batch 2, context 8" in key
     assert len(times) == len(latency.base) + len(latency.block)

@@ -36,6 +36,8 @@ MOST_HIDDEN, MOST_HEADS = 10, 8
 CHANNEL_MULTIPLE = 64
 #: words of the models whose blocks are timed
 FEW_WORDS = 256
+#: to find a second block slower than none
+TRIES = 3
 FILE = "latency.json"
 
 Item = TypeVar("Item")
@@ -68,8 +70,8 @@ class Latency:
     def costs(self) -> dict[Width, Cost]:
         """What each measured width takes, as ``propose_shapes`` wants it.
 
-        Channels between two measured numbers lie on the line between them. More channels never take less, and neither
-        does anything take less than nothing, whatever noise says.
+        Channels between two measured numbers lie on the line between them. More channels never take less, and a share
+        of the channels no smaller one of the time, whatever noise says.
         """
         found: dict[Width, Cost] = {}
         for hidden, base in self.base.items():
@@ -81,7 +83,8 @@ class Latency:
                 if shape.ffn != most:
                     continue
                 less = time - here[Shape(widest, most)]
-                times = list(itertools.accumulate((max(0.0, t + less) for _, t in points), max))
+                added = (max(t + less, time * ffn / most) for ffn, t in points)
+                times = list(itertools.accumulate(added, max))
                 found[shape.width] = partial(_total, base, [ffn for ffn, _ in points], times)
         return found
 
@@ -101,7 +104,7 @@ def measure_latency(
     Hidden sizes and heads are every second, fourth or so of the grid where it has many. ``file`` (``latency.json`` in
     the cache folder) keeps times by device, torch version, precision, model and workload: nothing is timed twice, also
     after an interruption. Progress goes to ``on_event``. Raises ShearlingError for a model with widths per block, a
-    context beyond its learned positions, and a file that holds something else.
+    context beyond its learned positions, a file that holds something else, and a device too busy to measure on.
     """
     anatomy, device = anatomy_of(config), torch.device(device)
     target_anatomy(anatomy, Target(layers=anatomy.num_layers))
@@ -114,9 +117,8 @@ def measure_latency(
     missing = [(what, shape) for what, shape in wanted if f"{what} {shape.key}" not in own]
     for done, (what, shape) in enumerate(missing, 1):
         if what == "block":
-            small = (_config(config, anatomy, shape, layers, words=FEW_WORDS) for layers in (1, 2))
-            one, two = (timer(of, workload, dtype, device) for of in small)
-            own[f"block {shape.key}"] = max(0.0, two - one)
+            small = [_config(config, anatomy, shape, layers, words=FEW_WORDS) for layers in (1, 2)]
+            own[f"block {shape.key}"] = _second(lambda of: timer(of, workload, dtype, device), *small)
         else:
             whole = timer(_config(config, anatomy, shape, 1, words=anatomy.vocab), workload, dtype, device)
             own[f"base {shape.key}"] = max(0.0, whole - own[f"block {shape.key}"])
@@ -128,6 +130,17 @@ def measure_latency(
         {shape: own[f"block {shape.key}"] for shape in grid},
         workload,
         name,
+    )
+
+
+def _second(milliseconds: Callable[[Any], float], one: Any, two: Any) -> float:
+    """What the second block adds; measured again where that is nothing."""
+    for _ in range(TRIES):
+        added = milliseconds(two) - milliseconds(one)
+        if added > 0:
+            return added
+    raise ShearlingError(
+        "latency: two blocks took no longer than one; measure while the device is idle, or a larger batch or context"
     )
 
 
