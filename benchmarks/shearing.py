@@ -1,11 +1,14 @@
 """Half of SmolLM2 at an exact shape: learned gates, ranked units, whole blocks, chance, and a model from nothing.
 
     python benchmarks/shearing.py --data DIR [--json FILE] [--quick] [--tokens N] [--variants NAME ...]
+        [--instructions DIR/eval/gsm8k/test.jsonl]
 
 All variants spend the same FLOPs: those of ``--tokens`` tokens of training the cut model on cross-entropy, the gates'
 stage and teachers counted. They train on the ten ``corpus/*.train`` domains in equal parts, and tell their loss on
 WikiText-2 valid on the way. Scored on WikiText-2 test and the held-out corpora, in windows of 2048; with ``--tasks``
-also on the zero-shot tasks. The last table is the time of a step with gates beside a plain one of the dense model.
+also on the zero-shot tasks. With ``--instructions`` a copy of every model is fine-tuned on the first four fifths of
+such a file, all alike, and the loss of the other responses is told before and after it. The last table is the time of a
+step with gates beside a plain one of the dense model.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import math
 import statistics
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import Row, Rows, arguments, device_name, held_out, mixture, report_model, wikitext_valid
+from instructions import Instructions
 from transformers import AutoModelForCausalLM
 
 from shearling.anatomy import Anatomy, anatomy_of
@@ -33,8 +38,8 @@ from shearling.train import Distillation, Policy, TrainSettings, compiled, train
 from shearling.train.flops import forward_flops
 
 COLUMNS = [
-    "variant", "seed", "corpus", "perplexity", "accuracy", "stderr", "tokens", "context", "parameters",
-    "pruning_tokens", "trained_tokens", "flops", "seconds", "dead", "peak_bytes",
+    "variant", "seed", "corpus", "perplexity", "accuracy", "stderr", "loss", "tokens", "tuned_tokens", "context",
+    "parameters", "pruning_tokens", "trained_tokens", "flops", "seconds", "dead", "peak_bytes",
 ]  # fmt: skip
 TARGET = Target(layers=28, hidden=384, heads=6, kv_heads=3, ffn=1280)
 
@@ -80,6 +85,9 @@ class Bench:
         self.valid = windows(wikitext_valid(args.data, tokenizer, 32 * self.length), None, self.length)
         self.anatomy = anatomy_of(self.dense.config)
         self.goal = target_anatomy(self.anatomy, TARGET)
+        self.instructions = args.instructions and Instructions(
+            args.instructions, tokenizer, learning_rate=args.instruction_rate, small=self.small, gpu=self.gpu
+        )
         #: FLOPs of a token
         self.forward = forward_flops(self.dense, self.length)
         self.budget = 3 * forward_flops(self.cut("random-shape", TARGET, 0), self.length) * args.tokens
@@ -172,6 +180,11 @@ class Bench:
         }
         return model, row, curve
 
+    def report(self, rows: Rows, name: str, model: Any, **row: Any) -> None:
+        report_model(rows, self, name, model, **row)
+        if self.instructions is not None:
+            self.instructions.report(rows, name, model, **row)
+
     def steps(self) -> None:
         """Print the time and memory of a step with gates beside a plain one of the dense model."""
         print("step of the dense model | milliseconds | peak GiB", flush=True)
@@ -200,6 +213,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=32, help="of every corpus that are scored")
     parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too")
+    parser.add_argument("--instructions", type=Path, help="JSONL of questions and answers to fine-tune every model on")
+    parser.add_argument("--instruction-rate", type=float, default=1e-4, help="learning rate of that")
     parser.add_argument("--steps", action="store_true", help="the last table alone")
     args = parser.parse_args()
     args.tokens = args.tokens or (4000 if args.quick or not args.device.startswith("cuda") else 40e6)
@@ -208,11 +223,11 @@ def main() -> None:
     print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.text.numel()} unique tokens", flush=True)
 
     if not args.steps:
-        report_model(rows, bench, "dense", bench.dense, parameters=bench.parameters(bench.anatomy))
+        bench.report(rows, "dense", bench.dense, parameters=bench.parameters(bench.anatomy))
         for name in args.variants:
             for seed in args.seeds:
                 model, row, curve = bench.carry_out(VARIANTS[name], seed)
-                report_model(rows, bench, name, model, **row)
+                bench.report(rows, name, model, **row)
                 points = ", ".join(f"{point['flops']:.3g}: {math.exp(point['loss']):.2f}" for point in curve)
                 print(f"# {name}, perplexity of WikiText-2 valid by FLOPs: {points}", flush=True)
                 del model

@@ -211,13 +211,16 @@ def with_target(target: object, method: str = "sheared-llama") -> dict[str, obje
     [
         ({"layers": 3, "parameters": 0.5}, "has layers of a shape and parameters of a budget; give one or the other"),
         ({"layers": 3, "profile": "deeper"}, "has layers of a shape and profile of a budget"),
-        ({"parameters": 0.5, "bytes": 10}, "needs one of parameters, bytes, flops, and no other of them"),
-        ({"profile": "deeper"}, "needs one of parameters, bytes, flops, and no other of them"),
+        ({"parameters": 0.5, "bytes": 10}, "needs one of parameters, bytes, flops, latency, and no other of them"),
+        ({"profile": "deeper"}, "needs one of parameters, bytes, flops, latency, and no other of them"),
         ({"parametrs": 0.5}, "target.parametrs: unknown key; did you mean parameters?"),
         ({"flops": 0.5, "profil": "deeper"}, "target.profil: unknown key; did you mean profile?"),
         ({"flops": 0}, "target.flops = 0: must be greater than 0"),
         ({"flops": float("inf")}, "target.flops = inf: must be a finite number"),
         ({"flops": "half"}, "target.flops = 'half': must be a valid number"),
+        ({"latency": 0.5, "context": 0}, "target.context = 0: must be greater than or equal to 1"),
+        ({"bytes": 0.5, "context": 64, "batch": 2}, "has batch, context, which only a latency is measured by"),
+        ({"layers": 3, "latency": 0.5}, "has layers of a shape and latency of a budget"),
         ({"flops": 0.5, "profile": "deep"}, "target.profile = 'deep': must be 'balanced', 'deeper' or 'shallower'"),
         ({}, "target = {}: needs at least one of layers, hidden, heads, kv_heads, ffn"),
         (0.5, "target = 0.5: must be"),
@@ -236,6 +239,7 @@ def test_targets_that_are_neither_a_shape_nor_a_budget(method: str, target: obje
         ({"parameters": 70000000, "profile": "deeper"}, ("parameters", 70000000)),
         ({"bytes": "2e8"}, ("bytes", 2e8)),
         ({"flops": 0.5, "profile": "shallower"}, ("flops_per_token", 0.5)),
+        ({"latency": 12.5, "phase": "prefill", "batch": 4}, ("milliseconds", 12.5)),
     ],
 )
 def test_budgets(target: dict[str, object], bound: tuple[str, float], tmp_path: Path) -> None:

@@ -53,23 +53,29 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print plan.json instead of the table")] = False,
     processes: Annotated[int, typer.Option(min=1, help="how many torchrun would start")] = 1,
 ) -> None:
-    """Show what a recipe would make of its model, and the memory of its training, from the config alone."""
+    """Show what a recipe would make of its model, and the memory of its training, from the config alone.
+
+    Where a latency is bounded, blocks of the model are timed.
+    """
     from shearling.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
-    from shearling.methods.stages import preview_recipe, proposed
+    from shearling.methods.stages import in_shape, preview_recipe, proposed
     from shearling.models import empty_model
+    from shearling.run import measured_costs
 
+    with _working("what was measured is kept") as narrator:
+        costs = measured_costs(loaded, narrator)
     model = empty_model(loaded.model, loaded.dtype)
-    planned = preview_recipe(loaded, model, processes)
+    planned = preview_recipe(in_shape(loaded, costs), model, processes)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
         from shearling.console import plan_table, shapes_table
 
         _print(plan_table(planned.rows(), f"{loaded.model}, {planned.method}"))
-        found = proposed(loaded, model)
+        found = proposed(loaded, model, costs)
         if found:
             stage: Any = loaded.first
             _print(shapes_table(found, f"shapes within the budget; the recipe takes {stage.target.profile}"))
@@ -81,26 +87,40 @@ def shapes(
     parameters: Annotated[float | None, typer.Option(help="below 1 a share, else a number")] = None,
     size: Annotated[float | None, typer.Option("--bytes", help="of the weights, likewise")] = None,
     flops: Annotated[float | None, typer.Option(help="of a token, likewise")] = None,
+    latency: Annotated[float | None, typer.Option(help="below 1 a share, else milliseconds, measured here")] = None,
+    phase: Annotated[str, typer.Option(help="whose: decode (of one token a row) or prefill")] = "decode",
+    batch: Annotated[int, typer.Option(help="rows")] = 1,
+    context: Annotated[int, typer.Option(help="tokens of a row, cached or to be read")] = 1024,
+    device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Propose shapes that a model could be cut to within a budget, from its config alone."""
+    """Propose shapes that a model could be cut to within a budget, from its config alone; a latency is measured."""
     from shearling.recipe import Budget, parse_recipe
 
-    budget = parse_recipe({"parameters": parameters, "bytes": size, "flops": flops}, "shapes", Budget)
+    bounds = {"parameters": parameters, "bytes": size, "flops": flops, "latency": latency}
+    budget = parse_recipe({**bounds, "phase": phase, "batch": batch, "context": context}, "shapes", Budget)
+    title, costs = f"{model}, {budget.amount:g} {budget.of.replace('_', ' ')}", None
+    if budget.latency is not None:
+        with _working("what was measured is kept") as narrator:
+            from shearling.run import latency_of
+
+            measured = latency_of(model, budget, device, dtype, narrator)
+        costs = measured.costs()
+        title += f" of {phase}, batch {batch}, context {context}, {dtype}, on {measured.device}"
     _quiet()
     from shearling.anatomy import anatomy_of
     from shearling.models import empty_model
     from shearling.plan import inventory_of, propose_shapes
 
     empty = empty_model(model, dtype)
-    found = propose_shapes(anatomy_of(empty.config), inventory_of(empty), budget.amount, budget.of)
+    found = propose_shapes(anatomy_of(empty.config), inventory_of(empty), budget.amount, budget.of, measured=costs)
     if as_json:
         typer.echo(json.dumps([proposal.to_json() for proposal in found], indent=2))
     else:
         from shearling.console import shapes_table
 
-        _print(shapes_table(found, f"{model}, {budget.amount:g} {budget.of.replace('_', ' ')}"))
+        _print(shapes_table(found, title))
 
 
 @app.command()
@@ -117,7 +137,7 @@ def cut(
     target: Annotated[
         list[str],
         typer.Option(
-            help="shape (layers, hidden, heads, kv_heads, ffn) or budget (parameters, bytes, flops); may be repeated",
+            help="of a shape (layers, hidden, heads, kv_heads, ffn) or a budget (as of shapes); may be repeated",
             metavar="SIZE=N",
         ),
     ] = [],  # noqa: B006

@@ -101,7 +101,8 @@ def plan_table(rows: list[tuple[str, str, str, str]], title: str) -> Table:
 def shapes_table(proposals: Sequence[Proposal], title: str) -> Table:
     """Proposed shapes, one a row."""
     table = Table(title=title)
-    for heading in HEADINGS:
+    measured = any(proposal.milliseconds is not None for proposal in proposals)
+    for heading in (*HEADINGS, *(["milliseconds"] if measured else [])):
         table.add_column(heading.replace("_", " "), justify="right" if heading else "left")
     for proposal in proposals:
         table.add_row(*proposal.row())

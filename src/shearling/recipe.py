@@ -163,31 +163,47 @@ Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Budget(_Strict):
-    """What the model may weigh, or cost a token: one of three, below 1 a share of what it has, else a number.
+    """What the model may weigh, cost a token, or take: one of four, below 1 a share of what it has, else a number.
 
-    ``propose_shapes`` finds shapes for it; ``profile`` says which of them is taken.
+    ``propose_shapes`` finds shapes for it; ``profile`` says which of them is taken. ``latency`` is in milliseconds, and
+    measured in the recipe's precision on the device that it names, or is run on.
     """
 
     parameters: Amount | None = None
     bytes: Amount | None = None
     flops: Amount | None = None
+    latency: Amount | None = None
     profile: Literal["balanced", "deeper", "shallower"] = "balanced"
+    #: whose latency: of one token more in every row, or of all tokens of the context at once
+    phase: Literal["decode", "prefill"] = "decode"
+    #: rows
+    batch: Tokens = 1
+    #: tokens of a row
+    context: Tokens = 1024
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(amount is not None for amount in (self.parameters, self.bytes, self.flops)) != 1:
-            raise ValueError("needs one of parameters, bytes, flops, and no other of them")
+        if sum(amount is not None for amount in (self.parameters, self.bytes, self.flops, self.latency)) != 1:
+            raise ValueError("needs one of parameters, bytes, flops, latency, and no other of them")
+        changed = [name for name in ("phase", "batch", "context") if getattr(self, name) != _default(self, name)]
+        if changed and self.latency is None:
+            raise ValueError(f"has {', '.join(changed)}, which only a latency is measured by")
         return self
 
     @property
-    def of(self) -> Literal["parameters", "bytes", "flops_per_token"]:
+    def of(self) -> Literal["parameters", "bytes", "flops_per_token", "milliseconds"]:
         """What is bounded."""
-        return "parameters" if self.parameters else "bytes" if self.bytes else "flops_per_token"
+        counted = "parameters" if self.parameters else "bytes" if self.bytes else "flops_per_token"
+        return "milliseconds" if self.latency else counted
 
     @property
     def amount(self) -> float:
         """The bound."""
-        return self.parameters or self.bytes or self.flops or 0.0
+        return self.parameters or self.bytes or self.flops or self.latency or 0.0
+
+
+def _default(model: BaseModel, field: str) -> Any:
+    return type(model).model_fields[field].default
 
 
 def _named(value: Any, kind: type[BaseModel]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,22 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of, is_branch
 from shearling.card import model_card, provenance, versions
-from shearling.data import corpus_tokens, windows
+from shearling.data import corpus_tokens, read_references, windows
 from shearling.errors import ShearlingError
-from shearling.evaluate import divergence, evaluate_tasks, generate_samples, perplexity
+from shearling.evaluate import (
+    Latency,
+    Workload,
+    divergence,
+    evaluate_tasks,
+    generate_samples,
+    measure_latency,
+    perplexity,
+)
 from shearling.events import OnEvent
 from shearling.export import check_storable, save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import (
     dynamic_loading,
-    given_references,
     separator_of,
     training_windows,
     validation_windows,
@@ -30,11 +37,12 @@ from shearling.methods.corpora import (
 from shearling.methods.quantise import plan_quantised
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
-from shearling.methods.stages import in_shape, on_grid, plan_stage, preview_recipe
+from shearling.methods.stages import budget_of, in_shape, on_grid, plan_stage, preview_recipe, with_target
 from shearling.methods.teaching import check_teacher, teaching
-from shearling.models import check_finite, empty_model, load_model, load_tokenizer, resolve
+from shearling.models import check_finite, empty_model, load_config, load_model, load_tokenizer, resolve
 from shearling.plan import (
     Adapters,
+    Cost,
     Delta,
     Edit,
     Grid,
@@ -42,6 +50,7 @@ from shearling.plan import (
     Plan,
     Quant,
     Structure,
+    Width,
     inventory_of,
     load_edits,
     plan_of,
@@ -50,8 +59,10 @@ from shearling.plan import (
 )
 from shearling.recipe import (
     AST,
+    SOURCE,
     SPP,
     UNSTRUCTURED,
+    Budget,
     Denoise,
     Evaluation,
     PruneStage,
@@ -62,7 +73,7 @@ from shearling.recipe import (
     TrainStage,
 )
 from shearling.report import write_report
-from shearling.rundir import RunDir
+from shearling.rundir import RunDir, recorded_shape
 from shearling.surgery import attach_adapters_, cut_
 from shearling.tracking import Tracker, check_tracker
 from shearling.train import TrainResult, World, join, train
@@ -85,20 +96,27 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     check_teacher(recipe)
     check_tracker(recipe)
     _check_unmasked(recipe)
+    budget, world = budget_of(recipe), join()
     # what is recorded then names the shape, whatever a later version would propose
-    recipe = in_shape(recipe)
+    if budget is None or budget.latency is None:
+        recipe = in_shape(recipe)
+    else:
+        # processes would measure differently
+        recipe = world.agree(_in_measured_shape(recipe, budget, Path(out), on_event) if world.first else None)
     _check_storable(recipe)
     for stage in recipe.trained:
         # only to see whether its file is one
-        given_references(stage)
-    world = join()
+        _references(stage)
     for stage in recipe.trained:
         if stage.batch % world.size:
             raise ShearlingError(f"{stage.stage}.batch = {stage.batch}: must be a multiple of {world.size} processes")
     if world.first:
         with Tracker(recipe, Path(out)) as tracker:
             listeners = [tracker] if on_event is None else [tracker, on_event]
-            return _Session(recipe, RunDir(Path(out), recipe, resume=resume), listeners, world).finish()
+            folder = RunDir(Path(out), recipe, resume=resume)
+            if budget is not None and budget.latency is not None:
+                folder.record_shape(budget, recipe)
+            return _Session(recipe, folder, listeners, world).finish()
     helper: _Session | None = None
     while called := world.agree(None):
         helper = helper or _Session(recipe, RunDir(Path(out), recipe, resume=True), [], world)
@@ -108,7 +126,7 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
 
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
-    recipe = in_shape(recipe)
+    recipe = in_shape(recipe, measured_costs(recipe, on_event))
     if recipe.first is None or isinstance(recipe.first, Shear):
         stage = recipe.stages[0].stage
         raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
@@ -121,6 +139,29 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     made = provenance(recipe, outcome.plan.to_json())
     save_model(model, tokenizer, out, provenance=made, card=model_card(recipe, outcome.plan, {}))
     return outcome.plan
+
+
+def measured_costs(recipe: Recipe, on_event: OnEvent | None = None) -> Mapping[Width, Cost] | None:
+    """What shapes of a recipe's model take on its device, where its budget is a latency; None elsewhere."""
+    budget = budget_of(recipe)
+    if budget is None or budget.latency is None:
+        return None
+    return latency_of(recipe.model, budget, recipe.device, recipe.dtype, on_event).costs()
+
+
+def latency_of(
+    model: str, budget: Budget, device: str = "auto", dtype: str = "float32", on_event: OnEvent | None = None
+) -> Latency:
+    """What a named model's shapes take, as a budget says it is measured; times are kept in the cache folder."""
+    workload = Workload(budget.phase, budget.batch, budget.context)
+    config, precision = load_config(model), getattr(torch, dtype)
+    return measure_latency(config, workload, dtype=precision, device=device_of(device), on_event=on_event)
+
+
+def _in_measured_shape(recipe: Recipe, budget: Budget, out: Path, on_event: OnEvent | None) -> Recipe:
+    """The recipe with the shape that its latency comes to; that of a run which has begun, whatever is measured now."""
+    known = recorded_shape(out, budget)
+    return in_shape(recipe, measured_costs(recipe, on_event)) if known is None else with_target(recipe, known)
 
 
 def _check_unmasked(recipe: Recipe) -> None:
@@ -148,6 +189,14 @@ def _own_pattern(model: str) -> str | None:
     if not isinstance(folder, Path) or not (folder / "shearling.json").is_file():
         return None
     return json.loads((folder / "shearling.json").read_text())["plan"].get("masks", {}).get("pattern")
+
+
+def _references(stage: TrainStage) -> dict[str, float | dict[float, float]] | None:
+    """The losses of domains that a stage names or has in a file; None where the dense model gives them, or no one."""
+    if stage.loading is None or stage.domains is None or stage.loading.reference == SOURCE:
+        return None
+    given = stage.loading.reference
+    return given if isinstance(given, dict) else read_references(given, stage.domains)
 
 
 def device_of(name: str) -> torch.device:
@@ -402,7 +451,8 @@ class _Session:
         parameters = outcome.plan.after.parameters
         if stage.loading is not None:
             assert isinstance(held_out, dict), "recipes have validation texts for it"
-            policies.append(dynamic_loading(stage, stage.loading, parameters, dense, held_out, settings, tell))
+            table = _references(stage)
+            policies.append(dynamic_loading(stage.loading, table, parameters, dense, held_out, settings, tell))
         state = self.folder.state / ("train" if stage.stage == "recover" else stage.stage)
         with teaching(recipe, stage, model, dense, text, settings.separator, outcome.edits, self._say) as followed:
             policies += followed

@@ -12,10 +12,11 @@ import yaml
 
 from shearling.errors import ShearlingError, unwritable
 from shearling.plan import write_whole
-from shearling.recipe import Recipe
+from shearling.recipe import Budget, Recipe, Target
 
 #: keys of a recipe that a resumed run may change, since they leave the result alone
 _FREE = ("device", "track")
+_SHAPE = "state/shape.json"
 
 
 class RunDir:
@@ -54,6 +55,11 @@ class RunDir:
         """Record a finished stage; from now on ``done`` returns ``content``."""
         self.write_json(f"state/{stage}.json", content)
 
+    def record_shape(self, budget: Budget, recipe: Recipe) -> None:
+        """Keep which shape a budget came to: that of ``recipe``, whose first stage names one."""
+        shape = {"budget": budget.model_dump(), "target": recipe.model_dump()["stages"][0]["target"]}
+        self.write_json(_SHAPE, shape)
+
     def write_json(self, name: str, content: Any) -> None:
         write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
 
@@ -86,6 +92,13 @@ class RunDir:
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
                 file.write_bytes(whole)
+
+
+def recorded_shape(path: Path, budget: Budget) -> Target | None:
+    """The shape that a budget came to in the run under ``path``; None where there is none of that budget."""
+    file = path / _SHAPE
+    content = json.loads(file.read_text()) if file.exists() else {}
+    return Target(**content["target"]) if content.get("budget") == budget.model_dump() else None
 
 
 def _check_same(recorded: Path, recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """Text in, windows of tokens out."""
 
 from shearling.data.domains import Domains
+from shearling.data.references import read_references
 from shearling.data.sampled import sampled_windows
 from shearling.data.shards import PackedTokens, PackedWindows, is_packed, pack
 from shearling.data.text import corpus_tokens, read_texts
@@ -15,6 +16,7 @@ __all__ = [
     "corpus_tokens",
     "is_packed",
     "pack",
+    "read_references",
     "read_texts",
     "sampled_windows",
     "tokens_digest",

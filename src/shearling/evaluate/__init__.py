@@ -1,19 +1,24 @@
-"""What a model is worth: perplexity, divergence from its reference, tasks, samples, speed."""
+"""What a model is worth: perplexity, divergence from its reference, tasks, samples, speed, what a shape takes."""
 
 from shearling.evaluate.divergence import Divergence, divergence
+from shearling.evaluate.latency import Latency, measure_latency
 from shearling.evaluate.perplexity import Perplexity, perplexity
 from shearling.evaluate.samples import generate_samples
 from shearling.evaluate.speed import Speed, speed
+from shearling.evaluate.step_time import Workload
 from shearling.evaluate.tasks import TASKS, evaluate_tasks
 
 __all__ = [
     "TASKS",
     "Divergence",
+    "Latency",
     "Perplexity",
     "Speed",
+    "Workload",
     "divergence",
     "evaluate_tasks",
     "generate_samples",
+    "measure_latency",
     "perplexity",
     "speed",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -74,7 +75,7 @@ def speed(
         prefill_tokens_per_second=batch * prompt / statistics.median(prefill for prefill, _ in times),
         decode_tokens_per_second=batch * generate / statistics.median(decode for _, decode in times),
         peak_bytes=_peak_bytes(device),  # pyrefly: ignore[bad-argument-type]
-        device=_device_name(device),  # pyrefly: ignore[bad-argument-type]
+        device=device_name(device),  # pyrefly: ignore[bad-argument-type]
         prompt=prompt,
         generate=generate,
         batch=batch,
@@ -84,35 +85,42 @@ def speed(
 
 def _timed_run(model: PreTrainedModel, ids_BT: Tensor, generate: int, captured: bool) -> tuple[float, float]:
     """Seconds of one prefill and of the decode steps after it."""
-    start = _now(ids_BT.device)
+    start = now(ids_BT.device)
     ids_B1, cache = greedy_step(model, ids_BT)
-    read = _now(ids_BT.device) - start
+    read = now(ids_BT.device) - start
     if captured:
         step, _ = captured_step(model, ids_BT, WARMUP + 1 + generate)
         for _ in range(WARMUP + 1):
             step()
-        start = _now(ids_BT.device)
+        start = now(ids_BT.device)
         for _ in range(generate):
             step()
     else:
-        start = _now(ids_BT.device)
+        start = now(ids_BT.device)
         for _ in range(generate):
             ids_B1, cache = greedy_step(model, ids_B1, cache)
-    return read, _now(ids_BT.device) - start
+    return read, now(ids_BT.device) - start
 
 
 def captured_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Captured, Tensor]:
     """Greedy steps after a prompt, captured in a CUDA graph, and the tokens [B, 1] that each of ``calls`` renews."""
+    step, ids_B1 = static_step(model, ids_BT, calls)
+    return Captured(step), ids_B1
+
+
+def static_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Callable[[], None], Tensor]:
+    """Greedy steps after a prompt over a cache with room for ``calls``, and the tokens [B, 1] that each renews."""
     cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1] + calls)
     ids_B1, _ = greedy_step(model, ids_BT, cache)
 
     def step() -> None:
         ids_B1.copy_(greedy_step(model, ids_B1, cache)[0])
 
-    return Captured(step), ids_B1
+    return step, ids_B1
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when the device is done."""
     if device.type != "cpu":
         # kernels run behind the caller's back; a clock read without waiting would time their launch
         torch.accelerator.synchronize(device)
@@ -130,7 +138,8 @@ def _peak_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What timings belong to."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from shearling.data import Domains, PackedTokens, Windows, corpus_tokens, is_packed, windows
-from shearling.errors import ShearlingError, check_domains
+from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.reference_losses import reference_losses, source_losses
-from shearling.recipe import SOURCE, Loading, LoRA, Recipe, TrainStage, reference_table
+from shearling.recipe import Loading, LoRA, Recipe, TrainStage
 from shearling.train import Policy, TrainSettings, affordable_windows, join
 
 
@@ -66,43 +65,20 @@ def validation_windows(stage: TrainStage, tokenizer: Any) -> Tensor | dict[str, 
     return {name: read(source) for name, source in found.items() if source is not None} or None
 
 
-def given_references(stage: TrainStage) -> dict[str, float | dict[float, float]] | None:
-    """The table of references that a recovery names or has in a file, None where it has none.
-
-    Raises ShearlingError for a file that cannot be read, is no such table, or has other domains.
-    """
-    if stage.loading is None or stage.domains is None or stage.loading.reference == SOURCE:
-        return None
-    given = stage.loading.reference
-    if isinstance(given, dict):
-        return given
-    try:
-        table = reference_table(yaml.safe_load(Path(given).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ShearlingError(f"reference {given!r}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ShearlingError(f"reference {given!r}: is neither YAML nor JSON") from error
-    except ValueError as error:
-        raise ShearlingError(f"reference {given!r}: {error}") from error
-    check_domains(f"reference {given!r}", table, stage.domains)
-    return table
-
-
 def dynamic_loading(
-    stage: TrainStage,
     loading: Loading,
+    table: Mapping[str, float | Mapping[float, float]] | None,
     parameters: int,
     dense: Any,
     validation: Mapping[str, Tensor],
     settings: TrainSettings,
     on_event: OnEvent,
 ) -> Policy:
-    """The policy that moves the weights of a stage's domains, towards its references or those of ``dense``.
+    """The policy that moves the weights of domains, towards those of ``table`` or, without it, the losses of ``dense``.
 
     References of several models are extrapolated to ``parameters``; what is to doubt about that goes to ``on_event`` as
     warnings.
     """
-    table = given_references(stage)
     if table is None:
         reference, doubts = source_losses(dense, validation, settings, join()), []
     else:

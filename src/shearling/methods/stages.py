@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,12 @@ from shearling.methods.structured import Settings, plan_structured, preview
 from shearling.methods.trawl import chosen_layers, plan_trawl
 from shearling.models import empty_model
 from shearling.plan import (
+    Cost,
     Grid,
     Outcome,
     Plan,
     Proposal,
+    Width,
     inventory_after,
     inventory_of,
     plan_of,
@@ -27,7 +30,7 @@ from shearling.plan import (
     quantised_size,
     resolve_target,
 )
-from shearling.recipe import Budget, Denoise, Ranked, Recipe, Shear, Sparsify
+from shearling.recipe import Budget, Denoise, Ranked, Recipe, Shear, Sparsify, Target
 
 
 def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify | Denoise, **options: Any) -> Outcome:
@@ -42,26 +45,41 @@ def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify |
     return plan_structured(model, tokens, stage, **options)
 
 
-def proposed(recipe: Recipe, model: Any) -> list[Proposal]:
-    """Shapes that a recipe's budget allows its model, which may be on meta; none where it names no budget."""
-    stage = _budgeted(recipe)
-    if stage is None:
+def budget_of(recipe: Recipe) -> Budget | None:
+    """The budget that a recipe names instead of a shape, if it does."""
+    stage = recipe.first
+    return stage.target if isinstance(stage, Ranked | Shear) and isinstance(stage.target, Budget) else None
+
+
+def proposed(recipe: Recipe, model: Any, measured: Mapping[Width, Cost] | None = None) -> list[Proposal]:
+    """Shapes that a recipe's budget allows its model, which may be on meta; none where it names no budget.
+
+    ``measured`` as in ``propose_shapes``.
+    """
+    budget = budget_of(recipe)
+    if budget is None:
         return []
-    budget = stage.target
-    assert isinstance(budget, Budget)
-    return propose_shapes(anatomy_of(model.config), inventory_of(model), budget.amount, budget.of)
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    return propose_shapes(anatomy, inventory, budget.amount, budget.of, measured=measured)
 
 
-def in_shape(recipe: Recipe) -> Recipe:
+def in_shape(recipe: Recipe, measured: Mapping[Width, Cost] | None = None) -> Recipe:
     """The recipe with an exact shape in place of a budget, by its model's config; others as they are.
 
-    Raises ShearlingError as ``resolve_target``, and for a model without a config.
+    ``measured`` as in ``propose_shapes``. Raises ShearlingError as ``resolve_target``, and for a model without a
+    config.
     """
-    stage = _budgeted(recipe)
-    if stage is None:
+    budget = budget_of(recipe)
+    if budget is None:
         return recipe
     model = empty_model(recipe.model, recipe.dtype)
-    target = resolve_target(anatomy_of(model.config), inventory_of(model), stage.target)
+    return with_target(recipe, resolve_target(anatomy_of(model.config), inventory_of(model), budget, measured))
+
+
+def with_target(recipe: Recipe, target: Target) -> Recipe:
+    """The recipe with a shape in place of its first stage's."""
+    stage = recipe.first
+    assert isinstance(stage, Ranked | Shear)
     return recipe.model_copy(update={"stages": (stage.model_copy(update={"target": target}), *recipe.stages[1:])})
 
 
@@ -104,9 +122,3 @@ def on_grid(recipe: Recipe, model: Any, plan: Plan) -> Plan:
     after = inventory_after(inventory_of(model), plan.anatomy_before, plan.anatomy_after, plan.layers)
     grid = Grid(recipe.quantise.format, recipe.quantise.group)
     return replace(plan, quantised=quantised_size(after, plan.anatomy_after, grid))
-
-
-def _budgeted(recipe: Recipe) -> Ranked | Shear | None:
-    """The stage whose target is a budget, if there is one."""
-    stage = recipe.first
-    return stage if isinstance(stage, Ranked | Shear) and isinstance(stage.target, Budget) else None

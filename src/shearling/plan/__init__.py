@@ -6,7 +6,7 @@ from shearling.plan.files import load_edits, save_edits, write_bytes, write_tens
 from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan, engines
-from shearling.plan.proposals import HEADINGS, Proposal, propose_shapes, resolve_target
+from shearling.plan.proposals import HEADINGS, Cost, Proposal, Width, propose_shapes, resolve_target, widths
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
 from shearling.plan.sizes import (
     Inventory,
@@ -25,6 +25,7 @@ __all__ = [
     "HEADINGS",
     "Adapters",
     "Codes",
+    "Cost",
     "Delta",
     "Edit",
     "Grid",
@@ -39,6 +40,7 @@ __all__ = [
     "Sizes",
     "Structure",
     "TensorSize",
+    "Width",
     "cap_shares",
     "check_order",
     "check_structure",
@@ -61,6 +63,7 @@ __all__ = [
     "sizes",
     "target_anatomy",
     "unit_parameters",
+    "widths",
     "write_bytes",
     "write_tensors",
     "write_whole",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from shearling.anatomy import Anatomy, BlockShape, expressible
@@ -14,7 +16,9 @@ from shearling.plan.sizes import Inventory, Sizes, inventory_after, sizes
 from shearling.plan.target import target_anatomy
 from shearling.recipe import Budget, Target
 
-Quantity = Literal["parameters", "bytes", "flops_per_token"]
+Quantity = Literal["parameters", "bytes", "flops_per_token", "milliseconds"]
+#: what so many layers of so many channels cost; more of either never costs less
+Cost = Callable[[int, int], float]
 
 #: by which power of the budget's share the layers shrink. Where widths shrink alike, parameters go with layers x
 #: width^2: at 0 the widths do it all, at 1/2 half of it falls to the layers
@@ -33,20 +37,31 @@ class Proposal:
     target: Target
     sizes: Sizes
     share: float
+    #: measured, where that is what the budget bounds
+    milliseconds: float | None = None
 
     def row(self) -> tuple[str, ...]:
-        """Cells under ``HEADINGS``."""
+        """Cells under ``HEADINGS``, and under ``milliseconds`` where they were measured."""
         target = self.target
         shape = (target.layers, target.hidden, target.heads, target.kv_heads, target.ffn)
-        return self.name, *map(str, shape), f"{self.sizes.parameters:,}", f"{self.share:.3f}"
+        measured = () if self.milliseconds is None else (f"{self.milliseconds:.3f}",)
+        return self.name, *map(str, shape), f"{self.sizes.parameters:,}", f"{self.share:.3f}", *measured
 
     def to_json(self) -> dict[str, Any]:
-        """Name, target, sizes and share, as ``shearling shapes --json`` prints them."""
+        """Name, target, sizes, share and milliseconds, as ``shearling shapes --json`` prints them."""
         return {**asdict(self), "target": self.target.model_dump()}
 
 
 #: of the columns of ``Proposal.row``
 HEADINGS = ("", *Target.model_fields, "parameters", "share")
+
+
+class Width(NamedTuple):
+    """What of a shape its layers share, but for their channels."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
 
 
 def propose_shapes(
@@ -55,6 +70,7 @@ def propose_shapes(
     budget: float,
     of: Quantity = "parameters",
     *,
+    measured: Mapping[Width, Cost] | None = None,
     hidden_multiple: int = 64,
     ffn_multiple: int = 64,
 ) -> list[Proposal]:
@@ -62,17 +78,29 @@ def propose_shapes(
 
     ``budget`` below 1 is a share of what the model has, else a number. ``hidden`` and ``ffn`` are multiples, or stay;
     where the config states no head_dim, ``hidden`` is heads x head_dim. A shape that two profiles share is named once.
-    Raises ShearlingError for a budget that is not below the model's own, or that no shape of the grid meets.
+    A budget of ``milliseconds`` needs what was ``measured``: the cost by width, the model's own among them; only those
+    widths are proposed. Raises ShearlingError for milliseconds that were not measured, and for a budget that is not
+    below the model's own, or that no shape of the grid meets.
     """
     target_anatomy(anatomy, Target(layers=anatomy.num_layers))
-    whole = getattr(sizes(inventory, anatomy), of)
+    costs: dict[Width, Cost]
+    if of == "milliseconds":
+        if measured is None:
+            raise ShearlingError(f"budget = {budget:g} {of}: needs the model measured first (measure_latency)")
+        costs = dict(measured)
+    else:
+        # all blocks are alike
+        counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
+        costs = {width: _counted(anatomy, counted, width, of) for width in widths(anatomy, hidden_multiple)}
+    source = anatomy.shapes[0]
+    own = costs[Width(anatomy.hidden, source.query_heads, source.kv_heads)]
+    whole = own(anatomy.num_layers, source.ffn)
     wanted = budget * whole if budget < 1 else budget
-    if not 1 <= wanted < whole:
-        raise ShearlingError(f"budget = {budget:g} {of}: must be above 0 and below the {whole:,} that the model has")
-    allowed = math.floor(wanted)
-    # all blocks are alike
-    counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
-    costs = {width: _cost(anatomy, counted, width, of) for width in _widths(anatomy, hidden_multiple)}
+    if not (0 < wanted < whole and (wanted >= 1 or of == "milliseconds")):
+        raise ShearlingError(
+            f"budget = {budget:g} {of}: must be above 0 and below the {_number(whole)} that the model has"
+        )
+    allowed = wanted if of == "milliseconds" else math.floor(wanted)
     depths = {name: anatomy.num_layers * (allowed / whole) ** power for name, power in PROFILES.items()}
 
     def fits(reach: int) -> dict[Target, str]:
@@ -86,26 +114,33 @@ def propose_shapes(
     # where no depth near a profile's allows any, all are tried
     found = fits(1) or fits(anatomy.num_layers)
     if not found:
-        least = min(cost.at(1, min(ffn_multiple, anatomy.shapes[0].ffn)) for cost in costs.values())
-        raise ShearlingError(f"budget = {budget:g} {of}: the smallest shape of this grid has {least:,}; allow more")
+        least = min(cost(1, min(ffn_multiple, source.ffn)) for cost in costs.values())
+        raise ShearlingError(
+            f"budget = {budget:g} {of}: the smallest shape of this grid has {_number(least)}; allow more"
+        )
     proposals = []
     for target, name in found.items():
         after = target_anatomy(anatomy, target)
         weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
-        proposals.append(Proposal(name, target, weighed, getattr(weighed, of) / whole))
+        cost = costs[Width(after.hidden, after.shapes[0].query_heads, after.shapes[0].kv_heads)]
+        spent = cost(after.num_layers, after.shapes[0].ffn)
+        milliseconds = spent if of == "milliseconds" else None
+        proposals.append(Proposal(name, target, weighed, spent / whole, milliseconds))
     return proposals
 
 
-def resolve_target(anatomy: Anatomy, inventory: Inventory, target: Target | Budget) -> Target:
+def resolve_target(
+    anatomy: Anatomy, inventory: Inventory, target: Target | Budget, measured: Mapping[Width, Cost] | None = None
+) -> Target:
     """The shape that a target means for a model, which anatomy and inventory are of: itself, or the budget's profile.
 
-    Raises ShearlingError as ``propose_shapes``, and for a profile without a shape of its own.
+    ``measured`` as in ``propose_shapes``. Raises ShearlingError as that does, and for a profile without a shape of its
+    own.
     """
     if isinstance(target, Target):
         return target
-    found = {
-        proposal.name: proposal.target for proposal in propose_shapes(anatomy, inventory, target.amount, target.of)
-    }
+    proposals = propose_shapes(anatomy, inventory, target.amount, target.of, measured=measured)
+    found = {proposal.name: proposal.target for proposal in proposals}
     if target.profile not in found:
         raise ShearlingError(
             f"target.profile = {target.profile!r}: this budget has only {', '.join(found)}; choose that"
@@ -113,35 +148,8 @@ def resolve_target(anatomy: Anatomy, inventory: Inventory, target: Target | Budg
     return found[target.profile]
 
 
-class _Width(NamedTuple):
-    hidden: int
-    heads: int
-    kv_heads: int
-
-
-class _Cost(NamedTuple):
-    """What a width costs in L layers of F channels: base + L (block + F channel)."""
-
-    base: int
-    block: int
-    channel: int
-
-    def at(self, layers: int, ffn: int) -> int:
-        return self.base + layers * (self.block + ffn * self.channel)
-
-
-def _cost(anatomy: Anatomy, inventory: Inventory, width: _Width, of: Quantity) -> _Cost:
-    def count(layers: int, ffn: int) -> int:
-        block = BlockShape(ffn=ffn, query_heads=width.heads, kv_heads=width.kv_heads)
-        after = replace(anatomy, hidden=width.hidden, shapes=(block,) * layers)
-        return getattr(sizes(inventory_after(inventory, anatomy, after, range(layers)), after), of)
-
-    base, block, channel = count(0, 0), count(1, 0), count(1, 1)
-    return _Cost(base, block - base, channel - block)
-
-
-def _widths(anatomy: Anatomy, hidden_multiple: int) -> Iterator[_Width]:
-    """Widths of the grid: whole KV groups go, or equally many query heads of each, never both."""
+def widths(anatomy: Anatomy, hidden_multiple: int = 64) -> Iterator[Width]:
+    """Widths of the grid, narrow ones first: whole KV groups go, or equally many query heads of each, never both."""
     source = anatomy.shapes[0]
     ratio = source.query_heads // source.kv_heads
     # where query heads share one, engines split KV heads over devices: a divisor of what was splits as evenly
@@ -152,28 +160,45 @@ def _widths(anatomy: Anatomy, hidden_multiple: int) -> Iterator[_Width]:
     for size, (query, kv) in itertools.product(sorted(hidden), sorted(heads)):
         shapes = (replace(source, query_heads=query, kv_heads=kv),)
         if expressible(replace(anatomy, hidden=size, shapes=shapes)):
-            yield _Width(size, query, kv)
+            yield Width(size, query, kv)
+
+
+def _counted(anatomy: Anatomy, inventory: Inventory, width: Width, of: Quantity) -> Cost:
+    """What a width weighs in L layers of F channels: base + L (block + F channel)."""
+
+    def count(layers: int, ffn: int) -> int:
+        block = BlockShape(ffn=ffn, query_heads=width.heads, kv_heads=width.kv_heads)
+        after = replace(anatomy, hidden=width.hidden, shapes=(block,) * layers)
+        return getattr(sizes(inventory_after(inventory, anatomy, after, range(layers)), after), of)
+
+    base, block, channel = count(0, 0), count(1, 0), count(1, 1)
+    return lambda layers, ffn: base + layers * (block - base + ffn * (channel - block))
 
 
 def _fit(
-    anatomy: Anatomy, costs: Mapping[_Width, _Cost], allowed: int, depth: float, reach: int, multiple: int
+    anatomy: Anatomy, costs: Mapping[Width, Cost], allowed: float, depth: float, reach: int, multiple: int
 ) -> Target | None:
     """The shape that uses enough of the budget and keeps the source's proportions best, within ``reach`` of a depth."""
     source = anatomy.shapes[0]
     low, high = max(1, math.floor(depth) - reach), min(anatomy.num_layers, math.ceil(depth) + reach)
+    channels = [*range(multiple, source.ffn, multiple), source.ffn]
     best: tuple[tuple[float, ...], Target] | None = None
     for layers, (width, cost) in itertools.product(range(low, high + 1), costs.items()):
-        ffn = (allowed - cost.at(layers, 0)) // (layers * cost.channel)
-        ffn = source.ffn if ffn >= source.ffn else ffn // multiple * multiple
-        if ffn < 1:
+        fitting = bisect.bisect_right(channels, allowed, key=partial(cost, layers))
+        if not fitting:
             continue
+        ffn = channels[fitting - 1]
         kept = (width.hidden / anatomy.hidden, width.heads / source.query_heads, ffn / source.ffn)
         stretched = max(kept) / min(kept)
         distortion = math.log(stretched) + abs(math.log(layers / depth))
-        unused = 1 - cost.at(layers, ffn) / allowed
+        unused = 1 - cost(layers, ffn) / allowed
         # equal ones: the more KV heads, then the more layers and the wider stream
         rest = (-width.kv_heads, -layers, -width.hidden)
         key = (stretched > STRETCH, max(unused, SLACK), distortion, *rest)
         if best is None or key < best[0]:
             best = key, Target(layers=layers, ffn=ffn, **width._asdict())
     return None if best is None else best[1]
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

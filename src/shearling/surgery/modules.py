@@ -71,15 +71,21 @@ def check_config(config: Any, after: Anatomy, layers: Sequence[int]) -> None:
 
     Otherwise it would refuse when the checkpoint is saved.
     """
-    probe = copy.deepcopy(config)
     try:
-        gather_layers(probe, after, layers)
-        _conform_config(probe, after)
+        probe = config_after(config, after, layers)
         if hasattr(probe, "validate"):
             probe.validate()
     except StrictDataclassError as error:
         why = " ".join(str(error).split())
         raise ShearlingError(f"{after.family.model_type}: its config cannot state the cut model: {why}") from error
+
+
+def config_after(config: Any, after: Anatomy, layers: Sequence[int]) -> Any:
+    """The config of a model of that anatomy, whose blocks are like those of ``layers`` in the model of ``config``."""
+    made = copy.deepcopy(config)
+    gather_layers(made, after, layers)
+    _conform_config(made, after)
+    return made
 
 
 def gather_layers(config: Any, anatomy: Anatomy, layers: Sequence[int]) -> None:
