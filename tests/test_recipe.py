@@ -252,6 +252,21 @@ def test_budgets(target: dict[str, object], bound: tuple[str, float], tmp_path: 
     assert Ranked(method="minitron", target=recipe.first.target) == recipe.first
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"target_warmup": 0.9, "binary": 0.2}, "binary = 0.2: gates would be 0 or 1 before the targets have risen"),
+        ({"target_warmup": 1.0}, "target_warmup = 1.0: must be less than 1"),
+        ({"target_schedule": "cosine"}, "target_schedule = 'cosine': must be 'linear' or 'cubic'"),
+    ],
+)
+def test_targets_must_rise_in_time(changes: dict[str, object], what: str) -> None:
+    content = with_target({"parameters": 0.5})
+    content["stages"][0].update(changes)
+    with pytest.raises(RecipeError, match=f"^recipe: shear.{what}[^\n]*$"):
+        parse_recipe(content)
+
+
 def test_shortgpt_has_no_budget() -> None:
     with pytest.raises(RecipeError, match="shortgpt drops whole blocks; name layers alone"):
         parse_recipe(with_target({"parameters": 0.5}, "shortgpt"))

@@ -82,6 +82,34 @@ def test_gates_reach_their_targets() -> None:
     assert {f"dead/{space}": count for space, count in policy.dead.items()}.items() <= events[-1].items()
 
 
+@pytest.mark.parametrize(
+    ("rise", "risen"), [("linear", [0, 0.25, 0.5, 0.75, 1, 1]), ("cubic", [0, 37 / 64, 7 / 8, 63 / 64, 1, 1])]
+)
+def test_targets_rise_over_a_share_of_the_steps(rise: Any, risen: list[float]) -> None:
+    shearing = Shearing(warmup=0.8, rise=rise)
+    policy = ShearingPolicy(anatomy_of(tiny_config("llama")), {"ffn": 12, "layers": 2}, shearing)
+    # of 48 channels three quarters go, of three layers one; the rise takes 80 of 100 steps
+    for space, share in (("ffn", 3 / 4), ("layers", 1 / 3)):
+        goals = [policy.goal(space, step, 100) for step in (0, 20, 40, 60, 80, 99)]
+        assert goals == pytest.approx([share * part for part in risen])
+    immediate = ShearingPolicy(policy.anatomy, {"ffn": 12}, Shearing(warmup=0.0, rise=rise))
+    assert immediate.goal("ffn", 0, 100) == pytest.approx(3 / 4)
+
+
+def test_gates_follow_targets_that_rise_through_the_whole_run() -> None:
+    model, events = tiny_model("llama"), []
+    shearing = Shearing(warmup=0.9, rise="cubic", learning_rate=2.0)
+    policy = ShearingPolicy(anatomy_of(model.config), KEEP, shearing)
+    settings = dataclasses.replace(SETTINGS, tokens=400 * 4 * LENGTH)
+    result = train(model, windows(), [policy], settings, on_event=events.append)
+    steps = {event["step"]: event for event in events if "closed/ffn" in event}
+    # a third of the way through the rise; then where it is about over
+    assert steps[121]["target/ffn"] == pytest.approx((1 - 20 / 48) * (1 - (2 / 3) ** 3))
+    for step in (121, 241, 370):
+        assert steps[step]["closed/ffn"] == pytest.approx(steps[step]["target/ffn"], abs=0.06)
+    assert cut_(model, result.edits).shapes[0].ffn == 20
+
+
 def test_penalty_by_hand() -> None:
     multipliers = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
     share = torch.tensor([0.5, 0.1], dtype=torch.float64, requires_grad=True)

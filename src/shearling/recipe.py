@@ -607,10 +607,20 @@ class Shear(_Train):
     gate_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     #: share of the steps over which the targets rise
     target_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    #: how: evenly, or as 1 - (1 - x)^3, fast at first and slowly in the end
+    target_schedule: Literal["linear", "cubic"] = "linear"
     #: share of the steps, at the end, in which gates are 0 or 1
     binary: Annotated[float, Field(gt=0, lt=1)] = 0.05
     #: what the constraint counts: closed gates from 0 to 1, or their probability, which leaves dead units
     closed: Literal["corrected", "probability"] = "corrected"
+
+    @field_validator("binary")
+    @classmethod
+    def _risen(cls, value: float, found: ValidationInfo) -> float:
+        rise = found.data.get("target_warmup", 0.0)
+        if value + rise > 1:
+            raise ValueError(f"gates would be 0 or 1 before the targets have risen; choose at most {1 - rise:g}")
+        return value
 
     @field_validator("keep")
     @classmethod

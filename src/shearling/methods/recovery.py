@@ -62,7 +62,13 @@ def made_trainable(
         # an optimizer's small steps vanish in half precision
         return model.float(), []
     if isinstance(stage, Shear):
-        shearing = Shearing(stage.gate_learning_rate, stage.target_warmup, stage.binary, stage.closed == "corrected")
+        shearing = Shearing(
+            stage.gate_learning_rate,
+            stage.target_warmup,
+            stage.target_schedule,
+            stage.binary,
+            stage.closed == "corrected",
+        )
         return model.float(), [ShearingPolicy(plan.anatomy_before, kept_of(plan.anatomy_after), shearing)]
     if isinstance(stage, AST):
         assert isinstance(recipe.first, Sparsify), "recipes let ast follow masks alone"

@@ -3,7 +3,7 @@
     z          hard-concrete gates (methods/hard_concrete.py) of layers, hidden dimensions, KV groups, query heads and
                FFN channels; drawn once a step
     s, t       expected share of closed gates of a row, and the share that the target closes; t rises from 0 over a
-               share of the steps
+               share of the steps, linearly or as in gradual pruning, 1 - (1 - x)^3 (arXiv 1710.01878, Eq. 1)
     L = loss + sum over spaces of mean over rows of lam1 (s - t) + lam2 (s - t)^2        (Section 2.1, Algorithm 1)
 
 Weights and gates descend, the multipliers lam1 and lam2 ascend. A row is what one target count holds for: all layers,
@@ -15,6 +15,10 @@ model is the gated one; the release folds soft gates into the weights and cuts a
 
 The paper sums over layers and counts units; as in the release a row counts by its share, and rows are averaged.
 ``corrected`` is methods/hard_concrete.py's.
+
+Pruning-aware pretraining (EfficientLLM, arXiv 2502.06663) is this with a rise over nearly all steps of a long training
+run: a little goes at every step, and the weights that stay are trained meanwhile. EfficientLLM drops channels for good,
+by their saliency; here gates may open again until the last share of the steps.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +49,13 @@ class Shearing:
     """How gates are learned.
 
     ``learning_rate`` is of gates and multipliers, and follows the schedule of the weights'. ``warmup`` is the share of
-    the steps over which the targets rise, ``binary`` the share, at the end, in which gates are 0 or 1.
+    the steps over which the targets rise: evenly, or with ``rise`` cubic most of it early, so that units go fast while
+    many are superfluous and slowly in the end. ``binary`` is the share, at the end, in which gates are 0 or 1.
     """
 
     learning_rate: float = 1.0
     warmup: float = 0.2
+    rise: Literal["linear", "cubic"] = "linear"
     binary: float = 0.05
     corrected: bool = True
 
@@ -168,6 +174,8 @@ class ShearingPolicy(Policy):
         """t of a step."""
         size = self.log_alpha[space].shape[-1]
         risen = min(1.0, step / (self.shearing.warmup * steps)) if self.shearing.warmup else 1.0
+        if self.shearing.rise == "cubic":
+            risen = 1 - (1 - risen) ** 3
         return (1 - self.keep[space] / size) * risen
 
     @torch.no_grad()
