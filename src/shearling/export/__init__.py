@@ -2,6 +2,19 @@
 
 from shearling.export.adapters import load_adapters, save_adapters
 from shearling.export.classes import per_layer_classes, register
+from shearling.export.compact import COMPACT, load_compact, load_sidecar_, save_compact, save_sidecar
 from shearling.export.huggingface import ADAPTER, save_model
 
-__all__ = ["ADAPTER", "load_adapters", "per_layer_classes", "register", "save_adapters", "save_model"]
+__all__ = [
+    "ADAPTER",
+    "COMPACT",
+    "load_adapters",
+    "load_compact",
+    "load_sidecar_",
+    "per_layer_classes",
+    "register",
+    "save_adapters",
+    "save_compact",
+    "save_model",
+    "save_sidecar",
+]
