@@ -139,3 +139,13 @@ static void launch(int grid_x, int ranks, int threads, int bytes, Work work) {
             for (int i = 0; i < 16; ++i) assert(b->start()[bytes + i] == char(0xa5));
     }
 }
+
+extern "C" void product(int grid_x, int ranks, int bytes, Weights* w, Branch* branch, const u16* x, const u16* bias,
+                        u16* y, int tokens, int outputs, int inputs, int grain, int widest, int widest_inner) {
+    launch(grid_x, ranks, WARPS * 32, bytes, [=] {
+        product24(*w, *branch, x, bias, y, tokens, outputs, inputs, grain, widest, widest_inner);
+    });
+}
+extern "C" void unpack(int grid_x, int grid_y, Weights* w, u16* dense, int outputs, int inputs) {
+    launch(grid_x, grid_y, WARPS * 32, 16, [=] { unpack24(*w, dense, outputs, inputs); });
+}

@@ -412,3 +412,39 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     // no block may end while others read its sums
     if (ranks > 1) cluster_sync();
 }
+
+// The dense weight [outputs, inputs] again, for products of many tokens; a warp for ROW_TILES * 16 outputs and a step.
+KERNEL unpack24(Weights w, u16* dense, int outputs, int inputs) {
+    const int lane = thread_index() % 32, at = block_y() * WARPS + thread_index() / 32;
+    if (at >= w.steps) return;
+    Step step;
+    fetch(step, w, block_x() * ROW_TILES, at, lane);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+        const int row_tile = block_x() * ROW_TILES + r;
+        const u64 place = ((u64)row_tile * w.steps + at) * 32 + lane / 4 * 4;
+        if (row_tile >= w.row_tiles) return;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                // register i holds a group's two values: of one column of eight, and of one row of two
+                const int side = i / 2, half = i % 2;
+                const int row = row_tile * 16 + lane / 4 + 8 * half;
+                const int from = at * STEP_INPUTS + tile * 32 + side * 16 + lane % 4 * 4;
+#if INT4
+                const u32 word = (u32)(((const u64*)w.places)[place + tile % 2 * 2 + side] >> (tile / 2 * 32));
+                const u32 scales = step.scales[r][tile * 32 / GROUP];
+                const u32 codes = minus_136(((step.codes[r].at[tile] >> (4 * i)) & 0x000f000fu) | 0x43004300u);
+                const float scale = half ? high_half(scales) : low_half(scales);
+                const u32 pair = rounded_pair(low_half(codes) * scale, high_half(codes) * scale);
+#else
+                const u32 word = ((const u32*)w.places)[place + tile % 2 * 2 + side];
+                const u32 pair = step.values[r][tile].at[i];
+#endif
+                const u32 field = word >> (16 * half + lane % 4 * 4) & 15u;
+                u64 four = (u64)(pair & 0xffffu) << (16 * (field & 3u)) | (u64)(pair >> 16) << (16 * (field >> 2));
+                if (row < outputs && from < inputs) *(u64*)(dense + (u64)row * inputs + from) = four;
+            }
+    }
+}
