@@ -51,8 +51,8 @@ def case(outputs, inputs, tokens, int4, rank, device="cpu"):
         branch = inner, up
         y += inner.double() @ up.double().T
         size += inner.double().abs() @ up.double().abs().T
-    # the sum is rounded to bfloat16 once, by the interpreter towards zero; float32 sums of products lose less than this of their absolute values, and
-    # the weights of tiles are bfloat16, whatever their codes and scales multiply to
+    # the sum is rounded to bfloat16 once, by the interpreter towards zero; float32 sums of products lose less than this
+    # of their absolute values; and the weights of tiles are bfloat16, whatever their codes and scales multiply to
     return x, weight, branch, y, y.abs() * 2.0 ** (-7 if INTERPRETED else -8) + size * (2.0**-9 if int4 else 2.0**-16)
 
 

@@ -183,13 +183,15 @@ def _lanes(
     wide_row = row.to(tl.int64)
     sums = ()
     for _ in tl.static_range(TOKENS):
-        sums = (*sums, tl.zeros([ROWS, BLOCK], tl.float32))
+        # the compiler knows no starred expressions
+        sums = sums + (tl.zeros([ROWS, BLOCK], tl.float32),)  # noqa: RUF005
     # a count that is known: Triton's interpreter makes no range of a tensor
     for step in range(0, (WORDS + SPLIT * BLOCK - 1) // (SPLIT * BLOCK)):
         word = (step * SPLIT + tl.program_id(1)) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), 2)[None, :]
         in_word = word < WORDS
         fields = tl.load(positions + wide_row * WORDS + word, mask=in_row & in_word, other=0)
-        low_codes = high_codes = fields
+        low_codes = fields
+        high_codes = fields
         if SCALED > 0:
             at = values + wide_row * (2 * WORDS) + word
             # 8 is added to every code
@@ -216,7 +218,7 @@ def _lanes(
             for token in tl.static_range(TOKENS):
                 four = tl.load(x + token * GROUPS + wanted, mask=here & in_row, other=0)
                 one, other = _pick(four.to(tl.int32), (four >> 32).to(tl.int32), field, PERMUTE)
-                added = (*added, sums[token] + first * one + second * other)
+                added = added + (sums[token] + first * one + second * other,)  # noqa: RUF005
             sums = added
     for token in tl.static_range(TOKENS):
         total = tl.sum(sums[token], 1)[:, None]
@@ -280,7 +282,8 @@ def _tiles(
         word = (step * SPLIT + tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
         there = in_row & (word < WORDS)[None, :]
         fields = tl.load(positions + wide_row * WORDS + word[None, :], mask=there, other=0)
-        low_codes = high_codes = fields
+        low_codes = fields
+        high_codes = fields
         if SCALED > 0:
             at = values + wide_row * (2 * WORDS) + word[None, :]
             # 8 is added to every code
