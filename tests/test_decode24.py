@@ -114,6 +114,28 @@ def test_interpreted_decode(how, sizes):
     check(Candidate(*how, select="where"), *sizes)
 
 
+def check_expand(outputs, inputs, int4, device="cpu"):
+    from shearling.kernels.decode24 import expand24
+
+    weight = case(outputs, inputs, 1, int4, 0, device)[1]
+    exact = unpack24_int4(weight, torch.bfloat16) if int4 else unpack24(weight)
+    assert torch.equal(expand24(weight), exact)
+
+
+@interpreted
+@pytest.mark.parametrize(("inputs", "int4"), [(160, False), (164, False), (2304, True)])
+def test_interpreted_expansion(inputs, int4):
+    check_expand(3, inputs, int4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("inputs", "int4"), [(164, False), (11008, False), (384, True), (11008, True)])
+def test_expansion_on_a_gpu(inputs, int4):
+    pytest.importorskip("triton")
+    check_expand(300, inputs, int4, "cuda")
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("int4", [False, True])

@@ -337,3 +337,81 @@ def _tiles(
                 sums += tl.load(parts + other * total + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(y + at, sums.to(tl.bfloat16), mask=inside)
             tl.store(counters + tl.program_id(0), 0)
+
+
+#: words of a program of ``expand24``, and its warps
+WORDS_AT_ONCE = 64
+EXPAND_WARPS = 2
+
+
+def expand24(weight: Compact24 | Compact24Int4) -> Tensor:
+    """The dense weight [O, I] in bfloat16, as ``unpack24`` or ``unpack24_int4`` gives it, in one pass."""
+    int4 = isinstance(weight, Compact24Int4)
+    values = weight.codes if int4 else weight.values
+    outputs, inputs = weight.shape
+    words = weight.positions.shape[1]
+    dense_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=values.device)
+    # Triton launches on the current device
+    with torch.cuda.device_of(values):
+        _expand[(outputs, triton.cdiv(words, WORDS_AT_ONCE))](
+            values if int4 else values.view(torch.int32),
+            weight.positions,
+            weight.scales if int4 else weight.positions,
+            dense_OI.view(torch.int32),
+            GROUPS=inputs // 4,
+            WORDS=words,
+            SCALED=weight.group // 4 if int4 else 0,
+            BLOCK=WORDS_AT_ONCE,
+            num_warps=EXPAND_WARPS,
+        )
+    return dense_OI
+
+
+@triton.jit
+def _rounded(number):
+    """The bits of the bfloat16 nearest to a float32, of two the even one."""
+    bits = number.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def _expand(
+    values,
+    positions,
+    scales,
+    dense,
+    GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_word = word < WORDS
+    fields = tl.load(positions + row * WORDS + word, mask=in_word, other=0)
+    low_codes = fields
+    high_codes = fields
+    if SCALED > 0:
+        # 8 is added to every code
+        low_codes = tl.load(values + row * (2 * WORDS) + word, mask=in_word, other=0) ^ -2004318072
+        high_codes = tl.load(values + row * (2 * WORDS) + WORDS + word, mask=in_word, other=0) ^ -2004318072
+    for slot in tl.static_range(8):
+        group = slot * WORDS + word
+        here = in_word & (group < GROUPS)
+        if SCALED > 0:
+            codes = low_codes if slot < 4 else high_codes
+            scale = tl.load(scales + row * (GROUPS // SCALED) + group // SCALED, mask=here, other=0.0).to(tl.float32)
+            first = _rounded(_code(codes, 8 * (slot % 4)) * scale)
+            second = _rounded(_code(codes, 8 * (slot % 4) + 4) * scale)
+        else:
+            pair = tl.load(values + row * GROUPS + group, mask=here, other=0)
+            first = pair & 0xFFFF
+            second = (pair >> 16) & 0xFFFF
+        field = fields >> (4 * slot)
+        one = field & 3
+        two = (field >> 2) & 3
+        # a shift by 32 or more would be undefined
+        low = tl.where(one < 2, first << (16 * (one & 1)), 0) | tl.where(two < 2, second << (16 * (two & 1)), 0)
+        high = tl.where(one > 1, first << (16 * (one & 1)), 0) | tl.where(two > 1, second << (16 * (two & 1)), 0)
+        tl.store(dense + row * (2 * GROUPS) + 2 * group, low, mask=here)
+        tl.store(dense + row * (2 * GROUPS) + 2 * group + 1, high, mask=here)
