@@ -1,0 +1,138 @@
+"""The ways to multiply by a 2:4 weight, and the copy of it that each one reads. M tokens, O outputs, I inputs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shearling.kernels import triton_usable
+from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
+from shearling.plan import Grid
+
+#: inputs that share a scale in 4 bits
+GROUP = 128
+#: cuSPARSELt takes tokens by the eight, and weights whose sides are multiples of 16
+CUSPARSELT_TOKENS, CUSPARSELT_SIDE = 8, 16
+
+Copy = Tensor | Compact24 | Compact24Int4
+
+
+class Path(NamedTuple):
+    """One way: ``name`` of ``COPIES``, and which of its variants (an algorithm's number, a candidate's fields)."""
+
+    name: str
+    option: tuple[int | str, ...] = ()
+
+
+class Branch(NamedTuple):
+    """A low-rank branch ``(x down^T) up^T``: ``down`` [R, I] and ``up`` [O, R], in the type of the inputs."""
+
+    down: Tensor
+    up: Tensor
+
+
+#: which copy of the weight a way reads
+COPIES = {
+    "dense": "dense",
+    "decompress": "compact",
+    "lanes": "compact",
+    "tiles": "compact",
+    "cusparselt": "cusparselt",
+}
+
+
+def copy_of(kind: str, weight_OI: Tensor, int4: bool = False) -> Copy:
+    """A copy, one of the values of ``COPIES``, of a 2:4 weight; with ``int4`` its values are rounded to 4 bits.
+
+    Raises ShearlingError for a weight that is not 2:4, and in 4 bits where groups of ``GROUP`` do not fill the inputs.
+    """
+    if int4:
+        codes, scales, _ = Grid("int4", GROUP).quantise(weight_OI)
+        rounded = pack24_int4(codes, scales.to(weight_OI.dtype))
+        if kind == "compact":
+            return rounded
+        weight_OI = unpack24_int4(rounded, weight_OI.dtype)
+    if kind == "compact":
+        return pack24(weight_OI)
+    # cuSPARSELt itself would drop what is too much
+    pack24(weight_OI)
+    if kind == "cusparselt":
+        return torch._cslt_compress(weight_OI.contiguous())  # pyrefly: ignore[missing-attribute]
+    assert kind == "dense", kind
+    return weight_OI.contiguous()
+
+
+def bytes_of(copy: Copy) -> int:
+    """What a copy holds in memory."""
+    return copy.nbytes if isinstance(copy, Tensor) else copy.bytes
+
+
+def paths(outputs: int, inputs: int, tokens: int, like: Tensor, int4: bool = False) -> tuple[Path, ...]:
+    """What can multiply ``tokens`` inputs of the type and device of ``like`` by such a weight; dense comes first."""
+    found = [Path("dense"), Path("decompress")]
+    if like.is_cuda and outputs % CUSPARSELT_SIDE == inputs % CUSPARSELT_SIDE == 0 and not int4:
+        found += [Path("cusparselt", (number,)) for number in _algorithms(outputs, inputs, tokens, like)]
+    if triton_usable(like) and like.dtype == torch.bfloat16 and not (int4 and inputs % GROUP):
+        from shearling.kernels.decode24 import TOKENS, candidates
+
+        if tokens <= TOKENS:
+            found += [Path(candidate.kind, tuple(candidate[1:])) for candidate in candidates(tokens)]
+    return tuple(found)
+
+
+def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[int, ...]:
+    """The algorithm that cuSPARSELt's own search prefers, and its default; none where it cannot be used."""
+    weight_OI = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
+    x_MI = torch.zeros(_padded(tokens), inputs, dtype=like.dtype, device=like.device)
+    try:
+        packed = torch._cslt_compress(weight_OI)  # pyrefly: ignore[missing-attribute]
+        # pyrefly: ignore[missing-attribute]
+        found = torch._cslt_sparse_mm_search(packed, x_MI.T, transpose_result=True)
+    except RuntimeError:
+        # not in this build of torch, or not on this device
+        return ()
+    return tuple(dict.fromkeys((0, int(found))))
+
+
+def product(
+    path: Path, x_MI: Tensor, copy: Copy, workspace: Tensor | None = None, branch: Branch | None = None
+) -> Tensor:
+    """``x W^T`` [M, O], and what the branch adds. ``workspace`` is decode24's, which lanes and tiles need."""
+    if path.name in ("lanes", "tiles"):
+        from shearling.kernels.decode24 import Candidate, decode24
+
+        assert isinstance(copy, Compact24 | Compact24Int4) and workspace is not None
+        inner = None if branch is None else (F.linear(x_MI, branch.down), branch.up)
+        return decode24(x_MI, copy, Candidate(path.name, *path.option), workspace, inner)  # pyrefly: ignore
+    if path.name == "cusparselt":
+        assert isinstance(copy, Tensor)
+        y_MO = _cusparselt(x_MI, copy, int(path.option[0]))
+    else:
+        y_MO = F.linear(x_MI, copy if isinstance(copy, Tensor) else decompressed(copy, x_MI.dtype))
+    if branch is not None:
+        y_MO = y_MO.addmm_(F.linear(x_MI, branch.down), branch.up.T)
+    return y_MO
+
+
+def decompressed(copy: Compact24 | Compact24Int4, dtype: torch.dtype) -> Tensor:
+    """The dense weight [O, I] of a compact one."""
+    if triton_usable(copy.positions) and dtype == torch.bfloat16:
+        from shearling.kernels.decode24 import expand24
+
+        return expand24(copy)
+    return unpack24(copy) if isinstance(copy, Compact24) else unpack24_int4(copy, dtype)
+
+
+def _cusparselt(x_MI: Tensor, packed: Tensor, algorithm: int) -> Tensor:
+    tokens = x_MI.shape[0]
+    if missing := _padded(tokens) - tokens:
+        x_MI = F.pad(x_MI, (0, 0, 0, missing))
+    # pyrefly: ignore[missing-attribute]
+    return torch._cslt_sparse_mm(packed, x_MI.T, transpose_result=True, alg_id=algorithm)[:tokens]
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // CUSPARSELT_TOKENS) * CUSPARSELT_TOKENS
