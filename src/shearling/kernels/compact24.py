@@ -116,15 +116,24 @@ def pack24_int4(codes_OI: Tensor, scales_OG: Tensor, name: str = "weight") -> Co
 
 def unpack24_int4(compact: Compact24Int4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight [O, I], multiplied out in float32."""
+    codes_OI = unpack24(codes24(compact))
+    scaled = codes_OI.unflatten(1, (-1, compact.group)) * compact.scales.float()[:, :, None]
+    return scaled.flatten(1).to(dtype)
+
+
+def codes24(compact: Compact24Int4) -> Compact24:
+    """The codes alone, -8 to 7 (int32), where ``Compact24`` has values."""
     groups, words = compact.shape[1] // 4, compact.positions.shape[1]
     shifts_S1 = torch.arange(0, 32, 8, dtype=torch.int32, device=compact.codes.device)[:, None]
     bytes_OHSW = compact.codes.view(-1, 2, 1, words) >> shifts_S1 & 255
     bytes_OG = bytes_OHSW.flatten(1)[:, :groups]
     codes_OG2 = torch.stack([bytes_OG & 15, bytes_OG >> 4], -1)
-    codes_OG2 = torch.where(codes_OG2 > 7, codes_OG2 - 16, codes_OG2)
-    codes_OI = unpack24(Compact24(codes_OG2.flatten(1), compact.positions))
-    scaled = codes_OI.unflatten(1, (-1, compact.group)) * compact.scales.float()[:, :, None]
-    return scaled.flatten(1).to(dtype)
+    return Compact24(torch.where(codes_OG2 > 7, codes_OG2 - 16, codes_OG2).flatten(1), compact.positions)
+
+
+def fields24(compact: Compact24) -> Tensor:
+    """Of every group the two positions in one number, the first in its two lower bits, [O, G] (int32)."""
+    return _fields(compact.positions, compact.shape[1] // 4)
 
 
 def compact_product(

@@ -116,7 +116,7 @@ struct Step {
 #endif
 };
 
-struct Weights {
+struct Weights {  // as in product24.py
     const Quad* values;
     const void* places;
     const u32* scales;
