@@ -59,6 +59,10 @@ template <class T> static T load(const T* at) { T v; memcpy(&v, at, sizeof v); r
 #define stream16 load
 #define stream8 load
 #define stream4 load
+template <class T> static void copy16(T* shared, const T* at, bool there) {
+    if (there) memcpy(shared, at, 16); else memset(shared, 0, 16);
+}
+static void wait_for_copies() {}
 static Warp& warp() { return block->warps[here_thread / 32]; }
 static Lane& lane() { return warp().lanes[here_thread % 32]; }
 static float bits_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shearling.errors import ShearlingError
 from shearling.kernels import product24 as kernels
 from shearling.kernels.compact24 import pack24, pack24_int4, unpack24_int4
 from shearling.kernels.nvrtc import compiled, obstacle
@@ -72,7 +73,7 @@ def case(outputs, inputs, tokens, group, branch, eight_bits, device="cpu"):
     size = x.double().abs() @ exact.abs().T + bias.double().abs()
     up = inner = None
     if branch:
-        block, rank = (16, inputs // 16) if branch == "block" else (0, 20)
+        block, rank = (16, inputs // 16) if branch == "block" else (0, 24)
         matrix = normal(outputs, rank).bfloat16()
         up = up_fragments(matrix.to(device), block=block, eight_bits=eight_bits)
         if eight_bits:
@@ -85,9 +86,15 @@ def case(outputs, inputs, tokens, group, branch, eight_bits, device="cpu"):
         size += 2.0**8 * t.abs() @ matrix.double().abs().T if block else t.abs() @ matrix.double().abs().T
     # the result is rounded to bfloat16, and float32 sums lose little beside
     off = y.abs() * 2.0**-8 + size * 2.0**-16
-    return x.to(device), type(compact)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in compact)), up, (
-        inner
-    ), bias.to(device), y.to(device), off.to(device)
+    return (
+        x.to(device),
+        type(compact)(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in compact)),
+        up,
+        (inner),
+        bias.to(device),
+        y.to(device),
+        off.to(device),
+    )
 
 
 @cache
@@ -96,7 +103,7 @@ def emulator(folder, macros):
     library = folder / ("k" + "".join(f"_{v}" for _, v in macros) + ".so")
     given = [f"-D{name}={value}" for name, value in macros]
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f'-DSOURCE="{SOURCE}"', *given]
+        ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-pthread", f'-DSOURCE="{SOURCE}"', *given]
         + [str(HERE / "emulated.cpp"), "-o", str(library)],
         check=True,
     )
@@ -106,10 +113,6 @@ def emulator(folder, macros):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("emulated")
-
-
-def fragments(compact):
-    return fragments_of(compact)
 
 
 @pytest.mark.parametrize("sizes", [c[:4] for c in CASES], ids=str)
@@ -139,3 +142,74 @@ def test_kernel_by_the_manual(given, folder):
         tiles, steps = weight.values.shape[:2]
         library.unpack(-(-tiles // config.row_tiles), -(-steps // config.warps), ctypes.byref(first), *rest)
         assert torch.equal(dense, unpacked(weight))
+
+
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 16, TOKENS])
+@pytest.mark.parametrize("shape", [*LARGE, (64, 128)])
+def test_every_shape_has_ways_whose_blocks_share_all_inputs(shape, tokens, int4):
+    outputs, inputs = shape
+    step = 128 if int4 else 64
+    for config in configs(outputs, inputs, tokens, int4):
+        assert config.ranks in (1, 2, 4, 8) and config.warps <= 32 and config.ranks <= -(-inputs // step)
+
+
+def test_source_compiles_for_hopper():
+    try:
+        compiled("", {})
+    except ShearlingError as error:
+        pytest.skip(str(error))
+    for given in CASES:
+        *sizes, config = given
+        x, compact, up, inner, bias, y, _ = case(*sizes)
+        macros = launch_of(x, fragments_of(compact), config, up, inner, bias, y).macros
+        assert compiled(kernels.source(), macros).startswith(b"\x7fELF")
+
+
+def test_source_that_does_not_compile():
+    try:
+        compiled("", {})
+    except ShearlingError as error:
+        pytest.skip(str(error))
+    with pytest.raises(RuntimeError, match="identifier .*nothing"):
+        compiled("void f() { nothing(); }", {})
+
+
+def test_what_stands_in_the_way_of_a_cpu():
+    assert obstacle(torch.device("cpu")) == "cpu: is no NVIDIA GPU"
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("given", CASES, ids=str)
+def test_small_products_on_a_gpu(given):
+    *sizes, config = given
+    # clusters are of 1, 2, 4 or 8
+    for early in (False, True):
+        check_on_gpu(config._replace(ranks=min(config.ranks, 2), early=early), *sizes)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize("branch", [None, "block", "given"])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 32])
+@pytest.mark.parametrize("shape", LARGE)
+def test_every_way_on_a_gpu(shape, tokens, branch, group):
+    if group and shape[1] % group or branch == "block" and shape[1] % 16:
+        pytest.skip("does not fill the inputs")
+    # with a branch fewer: what shares inputs is the same
+    for config in configs(*shape, tokens, group > 0)[:: 5 if branch else 1]:
+        check_on_gpu(config, *shape, tokens, group, branch, tokens == 8)
+
+
+def check_on_gpu(config, *sizes):
+    x, compact, up, inner, bias, y, off = case(*sizes, "cuda")
+    weight = fragments_of(compact)
+    assert torch.equal(dense24(weight), unpacked(weight))
+    for _ in range(3):
+        found = product24(x, weight, config, up, inner, bias)
+        assert ((found.double() - y).abs() <= off).all(), config
+        # one after another, without waiting: the next starts before this has ended
+        again = [product24(x, weight, config, up, inner, bias) for _ in range(5)]
+        assert all(torch.equal(other, found) for other in again), config

@@ -139,10 +139,15 @@ def _compiler() -> ctypes.CDLL:
     places += [str(Path(home) / "lib64" / name) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     for place in places:
         try:
+            # it looks for these by their name alone
+            for builtins in Path(place).parent.glob("libnvrtc-builtins.so.*") if place != name else ():
+                ctypes.CDLL(str(builtins))
             return ctypes.CDLL(place)
         except OSError:
             continue
-    raise ShearlingError(f"{name}: not found; 2:4 kernels need NVIDIA's run-time compiler, pip install nvidia-cuda-nvrtc")
+    raise ShearlingError(
+        f"{name}: not found; 2:4 kernels need NVIDIA's run-time compiler, pip install nvidia-cuda-nvrtc"
+    )
 
 
 def _compile(library: ctypes.CDLL, source: str, options: Sequence[str]) -> bytes:

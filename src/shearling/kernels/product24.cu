@@ -56,6 +56,12 @@ DEVICE u32 stream4(const u32* at) {
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
     return v;
 }
+// to shared memory, in the background; zeros where it is not there
+DEVICE void copy16(Quad* shared, const Quad* at, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_of(shared)), "l"(at), "r"(there ? 16 : 0)
+                 : "memory");
+}
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void load_matrices(u32 (&r)[4], u32 shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared) : "memory");
@@ -309,17 +315,19 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     if (thread == 0) *zeros = Quad{{0, 0, 0, 0}};
     for (int m = 0; m < tokens; ++m)
         for (int c = thread; c < width; c += WARPS * 32) {
-            Quad q = {{0, 0, 0, 0}};
-            if (from + c * 8 < inputs) q = *(const Quad*)(x + (u64)m * inputs + from + c * 8);
-            *(Quad*)(rows + m * stride + c * 8) = q;
+            const bool there = from + c * 8 < inputs;
+            copy16((Quad*)(rows + m * stride + c * 8), (const Quad*)(x + (there ? (u64)m * inputs + from + c * 8 : 0)), there);
         }
 #if BRANCH == 1
     for (int m = 0; m < tokens; ++m)
-        for (int c = thread; c < (up_end - up_begin) * BRANCH_STEP; c += WARPS * 32) {
-            int at = up_begin * BRANCH_STEP + c;
-            inner[m * inner_stride + c] = at < branch.rank ? branch.inner[(u64)m * branch.rank + at] : 0;
+        for (int c = thread; c < (up_end - up_begin) * BRANCH_STEP / 8; c += WARPS * 32) {
+            const int from_inner = up_begin * BRANCH_STEP + c * 8;
+            const bool there = from_inner < branch.rank;
+            copy16((Quad*)(inner + m * inner_stride + c * 8),
+                   (const Quad*)(branch.inner + (there ? (u64)m * branch.rank + from_inner : 0)), there);
         }
 #endif
+    wait_for_copies();
     block_sync();
 #if BRANCH == 2
     for (int m = 0; m < tokens; ++m)

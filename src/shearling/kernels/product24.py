@@ -149,7 +149,7 @@ def configs(outputs: int, inputs: int, tokens: int, int4: bool) -> tuple[Config,
             if ranks * warps <= steps and 100 <= blocks <= 1100:
                 found.append(Config(row_tiles, warps, ahead, ranks))
     if not found:
-        found = [Config(1, 4, 2, min(8, max(1, steps // 4)))]
+        found = [Config(1, 4, 2, 1)]
     widths = [-(-steps // config.ranks) * (STEP_INT4 if int4 else STEP) for config in found]
     # x of a block, half of which is left to what a branch needs and to a second block
     return tuple(c for c, width in zip(found, widths, strict=True) if tokens * (width + _PAD) * 2 <= _SHARED // 2)
@@ -166,7 +166,7 @@ def product24(
     """``x W^T`` [M, O], and with ``up`` the branch ``t S^T``, and the bias, in bfloat16 for up to ``TOKENS`` tokens.
 
     All sums are float32; t is rounded to bfloat16 before it is multiplied. ``x_MI`` and ``inner_MR``, which is t where
-    ``up.block`` is 0, are contiguous bfloat16; I is a multiple of 8.
+    ``up.block`` is 0, are contiguous bfloat16; I and the rank of a t that is given are multiples of 8.
     """
     assert x_MI.is_contiguous() and x_MI.dtype == torch.bfloat16 and x_MI.shape[1] == weight.inputs
     y_MO = torch.empty(x_MI.shape[0], weight.outputs, dtype=torch.bfloat16, device=x_MI.device)
@@ -252,9 +252,12 @@ def launch_of(
     widest = step * max(end - start for start, end in zip(starts, ends, strict=True))
     up_steps = 0 if up is None else -(-up.rank // STEP_UP)
     if up is not None and summed:
-        widest_inner = STEP_UP * max(-(-(e - s) * step // (STEP_UP * up.block)) for s, e in zip(starts, ends, strict=True))
+        widest_inner = STEP_UP * max(
+            -(-(e - s) * step // (STEP_UP * up.block)) for s, e in zip(starts, ends, strict=True)
+        )
     else:
         assert up is None or (inner_MR is not None and inner_MR.shape == (tokens, up.rank)), "t must be given"
+        assert up is None or up.rank % 8 == 0, up.rank
         widest_inner = STEP_UP * -(-up_steps // config.ranks)
     rows = _ROWS * config.row_tiles
     shared = 16 + max(tokens * (widest + _PAD) * 2, config.warps * rows * tokens * 4) + rows * tokens * 4

@@ -2,7 +2,7 @@
 
 from shearling.runtime.accelerate import Accelerated, accelerate_
 from shearling.runtime.linear import Route, RoutedLinear
-from shearling.runtime.paths import COPIES, Branch, Path, copy_of, decompressed, paths, product
+from shearling.runtime.paths import COPIES, Branch, Path, branch_of, copy_of, decompressed, paths, product
 from shearling.runtime.table import TOKENS, Key, Table, cached_table, measure_table, random_24, table_file
 from shearling.runtime.timing import Timing, timed
 
@@ -18,6 +18,7 @@ __all__ = [
     "Table",
     "Timing",
     "accelerate_",
+    "branch_of",
     "cached_table",
     "copy_of",
     "decompressed",

@@ -16,7 +16,7 @@ from shearling.errors import ShearlingError
 from shearling.kernels.compact24 import is_24
 from shearling.nn import EffectiveLinear, is_linear
 from shearling.runtime.linear import Route, RoutedLinear
-from shearling.runtime.paths import COPIES, GROUP, Branch, Path, copy_of
+from shearling.runtime.paths import COPIES, GROUP, Path, branch_of, copy_of
 from shearling.runtime.table import TOKENS, Key, Table, measure_table, workspace_for
 from shearling.surgery import adapters_of
 
@@ -78,7 +78,8 @@ def accelerate_(
         branch = None
         if name in branches.up:
             up = branches.up[name] * branches.scale[name]
-            branch = Branch(*(factor.to(like.dtype).contiguous() for factor in (branches.down[name], up)))
+            factors = (factor.to(like.dtype).contiguous() for factor in (branches.down[name], up))
+            branch = branch_of(*factors, kinds)
         old: Any = model.get_submodule(name)
         dense += weight.nbytes
         new = RoutedLinear(

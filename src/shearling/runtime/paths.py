@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 
 from shearling.kernels import triton_usable
 from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
+from shearling.kernels.nvrtc import obstacle
+from shearling.kernels.product24 import Config, Fragments, Up, configs, dense24, fragments_of, product24, up_fragments
+from shearling.kernels.product24 import TOKENS as FRAGMENT_TOKENS
 from shearling.plan import Grid
 
 #: inputs that share a scale in 4 bits
@@ -17,7 +21,7 @@ GROUP = 128
 #: cuSPARSELt takes tokens by the eight, and weights whose sides are multiples of 16
 CUSPARSELT_TOKENS, CUSPARSELT_SIDE = 8, 16
 
-Copy = Tensor | Compact24 | Compact24Int4
+Copy = Tensor | Compact24 | Compact24Int4 | Fragments
 
 
 class Path(NamedTuple):
@@ -28,10 +32,14 @@ class Path(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A low-rank branch ``(x down^T) up^T``: ``down`` [R, I] and ``up`` [O, R], in the type of the inputs."""
+    """A low-rank branch ``(x down^T) up^T``: ``down`` [R, I] and ``up`` [O, R], in the type of the inputs.
+
+    ``fragments`` is ``up`` once more, as the way ``mma`` takes it; those of a block mean need no ``down``.
+    """
 
     down: Tensor
     up: Tensor
+    fragments: Up | None = None
 
 
 #: which copy of the weight a way reads
@@ -40,6 +48,8 @@ COPIES = {
     "decompress": "compact",
     "lanes": "compact",
     "tiles": "compact",
+    "unpack": "fragments",
+    "mma": "fragments",
     "cusparselt": "cusparselt",
 }
 
@@ -52,11 +62,12 @@ def copy_of(kind: str, weight_OI: Tensor, int4: bool = False) -> Copy:
     if int4:
         codes, scales, _ = Grid("int4", GROUP).quantise(weight_OI)
         rounded = pack24_int4(codes, scales.to(weight_OI.dtype))
-        if kind == "compact":
-            return rounded
+        if kind in ("compact", "fragments"):
+            return rounded if kind == "compact" else fragments_of(rounded)
         weight_OI = unpack24_int4(rounded, weight_OI.dtype)
-    if kind == "compact":
-        return pack24(weight_OI)
+    if kind in ("compact", "fragments"):
+        compact = pack24(weight_OI)
+        return compact if kind == "compact" else fragments_of(compact)
     # cuSPARSELt itself would drop what is too much
     pack24(weight_OI)
     if kind == "cusparselt":
@@ -70,6 +81,26 @@ def bytes_of(copy: Copy) -> int:
     return copy.nbytes if isinstance(copy, Tensor) else copy.bytes
 
 
+def branch_of(down_RI: Tensor, up_OR: Tensor, kinds: Collection[str], eight_bits: bool = False) -> Branch:
+    """A branch for ways that read those kinds of copies; with ``eight_bits`` S is rounded to 8 bits in all of them."""
+    if "fragments" not in kinds:
+        return Branch(down_RI, up_OR)
+    block = _block_of(down_RI)
+    if not block and (missing := -down_RI.shape[0] % 8):
+        down_RI, up_OR = F.pad(down_RI, (0, 0, 0, missing)).contiguous(), F.pad(up_OR, (0, missing)).contiguous()
+    return Branch(down_RI, up_OR, up_fragments(up_OR, block=block, eight_bits=eight_bits))
+
+
+def _block_of(down_RI: Tensor) -> int:
+    """So many inputs does every row sum up, one row after another, in blocks that a kernel can take; 0 for others."""
+    rank, inputs = down_RI.shape
+    block = inputs // rank
+    if block * rank != inputs or block % 8 or block > 64:
+        return 0
+    sums = torch.eye(rank, dtype=down_RI.dtype, device=down_RI.device).repeat_interleave(block, 1)
+    return block if torch.equal(sums, down_RI) else 0
+
+
 def paths(outputs: int, inputs: int, tokens: int, like: Tensor, int4: bool = False) -> tuple[Path, ...]:
     """What can multiply ``tokens`` inputs of the type and device of ``like`` by such a weight; dense comes first."""
     found = [Path("dense"), Path("decompress")]
@@ -80,6 +111,10 @@ def paths(outputs: int, inputs: int, tokens: int, like: Tensor, int4: bool = Fal
 
         if tokens <= TOKENS:
             found += [Path(candidate.kind, tuple(candidate[1:])) for candidate in candidates(tokens)]
+    if like.dtype == torch.bfloat16 and not inputs % (GROUP if int4 else 8) and obstacle(like.device) is None:
+        found.append(Path("unpack"))
+        if tokens <= FRAGMENT_TOKENS:
+            found += [Path("mma", tuple(config)) for config in configs(outputs, inputs, tokens, int4)]
     return tuple(found)
 
 
@@ -101,6 +136,13 @@ def product(
     path: Path, x_MI: Tensor, copy: Copy, workspace: Tensor | None = None, branch: Branch | None = None
 ) -> Tensor:
     """``x W^T`` [M, O], and what the branch adds. ``workspace`` is decode24's, which lanes and tiles need."""
+    if path.name == "mma":
+        assert isinstance(copy, Fragments)
+        up = None if branch is None else branch.fragments
+        assert up is not None or branch is None, "made for other copies"
+        # pyrefly: ignore[missing-attribute]
+        given = F.linear(x_MI, branch.down) if up is not None and not up.block else None
+        return product24(x_MI, copy, Config(*path.option), up, given)  # pyrefly: ignore[bad-argument-type]
     if path.name in ("lanes", "tiles"):
         from shearling.kernels.decode24 import Candidate, decode24
 
@@ -117,8 +159,10 @@ def product(
     return y_MO
 
 
-def decompressed(copy: Compact24 | Compact24Int4, dtype: torch.dtype) -> Tensor:
+def decompressed(copy: Compact24 | Compact24Int4 | Fragments, dtype: torch.dtype) -> Tensor:
     """The dense weight [O, I] of a compact one."""
+    if isinstance(copy, Fragments):
+        return dense24(copy)
     if triton_usable(copy.positions) and dtype == torch.bfloat16:
         from shearling.kernels.decode24 import expand24
 

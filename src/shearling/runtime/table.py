@@ -160,7 +160,7 @@ def _measure(key: Key, weight_OI: Tensor, replays: int) -> dict[Path, Timing]:
 
 def several(copy: Copy) -> list[Copy]:
     """As many copies of a copy as leave nothing of it in a cache; on a CPU one."""
-    like = copy if isinstance(copy, Tensor) else copy.positions
+    like = copy if isinstance(copy, Tensor) else copy[0]
     if like.device.type == "cpu":
         return [copy]
     return [copy, *(duplicate(copy) for _ in range(rounds(bytes_of(copy)) - 1))]
