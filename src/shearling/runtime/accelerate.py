@@ -45,9 +45,10 @@ def accelerate_(
 ) -> Accelerated:
     """Replace the 2:4 linears of a model's blocks by ones that take the fastest way for as many tokens as they get.
 
-    Ways come from ``table``, or from the device's own, kept on disk and measured where it lacks a shape. With ``copies="one"`` a linear holds one copy of its weight: the one whose ways, over all numbers of
-    tokens, lose least against the fastest. With ``"fastest"`` it holds every copy that a fastest way reads. ``int4``
-    rounds values to 4 bits with a scale for every 128 inputs. Branches beside a linear go along.
+    Ways come from ``table``, or from the device's own, kept on disk and measured where it lacks a shape. With
+    ``copies="one"`` a linear holds one copy of its weight: the one whose ways, over all numbers of tokens, lose least
+    against the fastest. With ``"fastest"`` it holds every copy that a fastest way reads. ``int4`` rounds values to 4
+    bits with a scale for every 128 inputs. Branches beside a linear go along.
 
     Raises ShearlingError, before anything changes, where no linear of the blocks is 2:4, and with ``int4`` where groups
     do not fill the inputs of one.
