@@ -7,7 +7,6 @@ start before the kernel before has ended.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -36,34 +35,19 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-def compiled(source: str, macros: Mapping[str, int], cache_folder: Path | None = None) -> bytes:
-    """Machine code for Hopper of a source without headers; kept in ``cache_folder``, by what it was made from.
+def compiled(source: str, macros: Mapping[str, int]) -> bytes:
+    """Machine code for Hopper of a source without headers.
 
     Raises ShearlingError where there is no NVRTC, and RuntimeError with its words where it refuses the source.
     """
     options = [f"--gpu-architecture={_ARCHITECTURE}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
-    library = _compiler()
-    version = (ctypes.c_int * 2)()
-    library.nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
-    digest = hashlib.sha256("\0".join([source, *options, *map(str, version)]).encode()).hexdigest()
-    kept = None if cache_folder is None else cache_folder / f"{digest[:32]}.cubin"
-    if kept is not None and kept.exists():
-        return kept.read_bytes()
-    code = _compile(library, source, options)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name(f".{kept.name}.{os.getpid()}.unfinished")
-        unfinished.write_bytes(code)
-        unfinished.replace(kept)
-    return code
+    return _compile(_compiler(), source, options)
 
 
 class Kernel:
-    """A kernel of compiled code on the current device."""
+    """A kernel of compiled code on the current device, which must have been used before."""
 
     def __init__(self, code: bytes, name: str) -> None:
-        # a context for the driver to load into
-        torch.cuda.current_stream().synchronize()
         self._driver = _driver()
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), code))
@@ -110,11 +94,11 @@ class Kernel:
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]  # noqa: RUF012
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),

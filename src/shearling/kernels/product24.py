@@ -9,10 +9,10 @@ mma.m16n8k32"). R row tiles, S steps of 64 inputs (128 in 4 bits), padded with z
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -79,8 +79,8 @@ class Up(NamedTuple):
 class Config(NamedTuple):
     """How a product is spread out: a block of ``warps`` has ``row_tiles`` * 16 outputs, which ``ranks`` blocks share.
 
-    Every warp has ``steps`` of its inputs under way at once. ``early``: weights are loaded while the kernel before still
-    runs; they must not be what that writes.
+    Every warp has ``steps`` of its inputs under way at once. ``early``: weights are loaded while the kernel before
+    still runs; they must not be what that writes.
     """
 
     row_tiles: int
@@ -91,7 +91,10 @@ class Config(NamedTuple):
 
 
 def fragments_of(weight: Compact24 | Compact24Int4) -> Fragments:
-    """The weight in the order of the fragments, to the bit; values and scales are bfloat16."""
+    """The weight in the order of the fragments, to the bit; values and scales are bfloat16.
+
+    On a GPU it waits until they are written: kernels that start early read them without waiting.
+    """
     outputs, inputs = weight.shape
     if isinstance(weight, Compact24Int4):
         assert weight.group in GROUPS and weight.scales.dtype == torch.bfloat16, (weight.group, weight.scales.dtype)
@@ -101,18 +104,17 @@ def fragments_of(weight: Compact24 | Compact24Int4) -> Fragments:
         shifts = torch.tensor([4 * (i + 4 * e) for i in range(4) for e in range(2)], dtype=torch.int32).view(2, 2, 2)
         values = (nibbles << shifts.to(nibbles.device)).sum((-3, -2, -1), dtype=torch.int32)
         places = _places(fields24(codes), STEP_INT4)
-        return Fragments(
-            values.permute(0, 1, 3, 4, 2).reshape(*values.shape[:2], 32, 4).contiguous(),
-            places.unflatten(1, (-1, 2)).transpose(2, 3).contiguous(),
-            _scales(weight.scales, -(-inputs // STEP_INT4) * STEP_INT4 // weight.group),
-            outputs,
-            inputs,
-            weight.group,
-        )
+        values = values.permute(0, 1, 3, 4, 2).reshape(*values.shape[:2], 32, 4).contiguous()
+        places = places.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+        scales = _scales(weight.scales, -(-inputs // STEP_INT4) * STEP_INT4 // weight.group)
+        _written(scales)
+        return Fragments(values, places, scales, outputs, inputs, weight.group)
     assert weight.values.dtype == torch.bfloat16, weight.values.dtype
     tiled = _tiled(weight.values, STEP, 0).contiguous().view(torch.int32)
     values = tiled.reshape(*tiled.shape[:3], 32, 4).contiguous()
-    return Fragments(values, _places(fields24(weight), STEP).contiguous(), None, outputs, inputs)
+    places = _places(fields24(weight), STEP).contiguous()
+    _written(places)
+    return Fragments(values, places, None, outputs, inputs)
 
 
 def up_fragments(up_OR: Tensor, *, block: int = 0, eight_bits: bool = False) -> Up:
@@ -130,6 +132,7 @@ def up_fragments(up_OR: Tensor, *, block: int = 0, eight_bits: bool = False) -> 
     split = padded.view(-1, 2, 8, padded.shape[1] // STEP_UP, 2, 2, 4, 2)
     order = (0, 3, 2, 6, 4, 5, 1, 7) if eight_bits else (0, 3, 4, 2, 6, 5, 1, 7)
     values = split.permute(order).contiguous().flatten().view(torch.int32)
+    _written(values)
     return Up(values, scales, rank, block)
 
 
@@ -291,7 +294,7 @@ def unpack_arguments(weight: Fragments, dense_OI: Tensor) -> list[ctypes.Structu
 
 
 class _Weights(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("values", ctypes.c_void_p),
         ("places", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
@@ -301,7 +304,7 @@ class _Weights(ctypes.Structure):
 
 
 class _Branch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("up", ctypes.c_void_p),
         ("up_scales", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
@@ -348,17 +351,26 @@ def source() -> str:
     return resources.files("shearling.kernels").joinpath(_SOURCE).read_text()
 
 
-def compile_all(macros: Sequence[dict[str, int]], cache_folder: Path | None = None) -> list[bytes]:
-    """Machine code for each, several at a time."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def compile_all(weight: Fragments, kinds: Iterable[tuple[Config, int, Up | None]]) -> None:
+    """Compile the kernels for such weights, several at a time: each of them (config, tokens, branch)."""
+    macros = {tuple(sorted(_macros(weight, *kind).items())) for kind in kinds}
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda given: compiled(source(), given, cache_folder), macros))
+        list(pool.map(_code, macros))
 
 
 @cache
 def _kernel(name: str, device: int, macros: tuple[tuple[str, int], ...]) -> Kernel:
-    return Kernel(compiled(source(), dict(macros)), name)
+    return Kernel(_code(macros), name)
+
+
+@cache
+def _code(macros: tuple[tuple[str, int], ...]) -> bytes:
+    return compiled(source(), dict(macros))
+
+
+def _written(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _tiled(values_OV: Tensor, step: int, fill: int) -> Tensor:
@@ -370,7 +382,7 @@ def _tiled(values_OV: Tensor, step: int, fill: int) -> Tensor:
 
 
 def _places(fields_OG: Tensor, step: int) -> Tensor:
-    """Fields [O, G] as words [R, pairs of tiles, 32]: 16 bits of row g, 16 of row g + 8; four threads share two tiles."""
+    """Fields [O, G] as words [R, pairs of tiles, 32]: 16 bits of row g, 16 of row g + 8; a tile is two threads'."""
     outputs, groups = fields_OG.shape
     padded = F.pad(fields_OG, (0, -groups % (step // 4), 0, -outputs % _ROWS), value=_NOWHERE)
     # r, h, g, pair, tile of the pair, c, t

@@ -79,8 +79,8 @@ def accelerate_(
         branch = None
         if name in branches.up:
             up = branches.up[name] * branches.scale[name]
-            factors = (factor.to(like.dtype).contiguous() for factor in (branches.down[name], up))
-            branch = branch_of(*factors, kinds)
+            down, up = (factor.to(like.dtype).contiguous() for factor in (branches.down[name], up))
+            branch = branch_of(down, up, kinds)
         old: Any = model.get_submodule(name)
         dense += weight.nbytes
         new = RoutedLinear(

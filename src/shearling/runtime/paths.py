@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from shearling.kernels import triton_usable
 from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
 from shearling.kernels.nvrtc import obstacle
-from shearling.kernels.product24 import Config, Fragments, Up, configs, dense24, fragments_of, product24, up_fragments
 from shearling.kernels.product24 import TOKENS as FRAGMENT_TOKENS
+from shearling.kernels.product24 import Config, Fragments, Up, configs, dense24, fragments_of, product24, up_fragments
 from shearling.plan import Grid
 
 #: inputs that share a scale in 4 bits
@@ -101,21 +101,36 @@ def _block_of(down_RI: Tensor) -> int:
     return block if torch.equal(sums, down_RI) else 0
 
 
-def paths(outputs: int, inputs: int, tokens: int, like: Tensor, int4: bool = False) -> tuple[Path, ...]:
-    """What can multiply ``tokens`` inputs of the type and device of ``like`` by such a weight; dense comes first."""
+def paths(
+    outputs: int,
+    inputs: int,
+    tokens: int,
+    like: Tensor,
+    int4: bool = False,
+    names: Collection[str] | None = None,
+) -> tuple[Path, ...]:
+    """What can multiply ``tokens`` inputs of the type and device of ``like`` by such a weight; dense comes first.
+
+    ``names`` are the ways to look for, all where None.
+    """
     found = [Path("dense"), Path("decompress")]
-    if like.is_cuda and outputs % CUSPARSELT_SIDE == inputs % CUSPARSELT_SIDE == 0 and not int4:
+    bfloat16, wanted = like.dtype == torch.bfloat16, set(COPIES if names is None else names)
+    if "cusparselt" in wanted and _takes_cusparselt(outputs, inputs, like) and not int4:
         found += [Path("cusparselt", (number,)) for number in _algorithms(outputs, inputs, tokens, like)]
-    if triton_usable(like) and like.dtype == torch.bfloat16 and not (int4 and inputs % GROUP):
+    if wanted & {"lanes", "tiles"} and bfloat16 and triton_usable(like) and not (int4 and inputs % GROUP):
         from shearling.kernels.decode24 import TOKENS, candidates
 
         if tokens <= TOKENS:
             found += [Path(candidate.kind, tuple(candidate[1:])) for candidate in candidates(tokens)]
-    if like.dtype == torch.bfloat16 and not inputs % (GROUP if int4 else 8) and obstacle(like.device) is None:
+    if wanted & {"mma", "unpack"} and bfloat16 and not inputs % (GROUP if int4 else 8) and not obstacle(like.device):
         found.append(Path("unpack"))
         if tokens <= FRAGMENT_TOKENS:
             found += [Path("mma", tuple(config)) for config in configs(outputs, inputs, tokens, int4)]
-    return tuple(found)
+    return tuple(path for path in found if path.name in wanted)
+
+
+def _takes_cusparselt(outputs: int, inputs: int, like: Tensor) -> bool:
+    return like.is_cuda and outputs % CUSPARSELT_SIDE == inputs % CUSPARSELT_SIDE == 0
 
 
 def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[int, ...]:

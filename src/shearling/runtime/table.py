@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as File
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shearling.errors import ShearlingError
+from shearling.kernels.product24 import Fragments, compile_all, configs
 from shearling.models import cache_folder
 from shearling.plan import write_whole
 from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
@@ -114,10 +115,12 @@ def measure_table(
     table: Table | None = None,
     replays: int = 20,
     every: bool = False,
+    ways: Collection[str] | None = None,
 ) -> Table:
     """Time all ways for weights [outputs, inputs] of those shapes, on random values that no cache holds.
 
-    ``table`` gains what it lacks, or with ``every`` all of it; where None the one on disk does, and is written back.
+    ``table`` gains what it lacks, or with ``every`` all of it; ``ways`` names those to time beside dense, and others
+    keep their times. Where ``table`` is None the one on disk does, and is written back.
     Raises ShearlingError where a shape cannot be 2:4, or cannot be of 4 bits.
     """
     kept = table is None
@@ -128,7 +131,7 @@ def measure_table(
         if missing:
             weight_OI = random_24(outputs, inputs, dtype, device)
             for key in missing:
-                table.times[key] = _measure(key, weight_OI, replays)
+                table.times.setdefault(key, {}).update(_measure(key, weight_OI, replays, ways))
     if kept:
         table.save(table_file(device))
     return table
@@ -144,18 +147,28 @@ def random_24(outputs: int, inputs: int, dtype: torch.dtype, device: torch.devic
     return weight_OG4.scatter_(2, least_OG2, 0.0).flatten(1).to(dtype)
 
 
-def _measure(key: Key, weight_OI: Tensor, replays: int) -> dict[Path, Timing]:
+def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | None) -> dict[Path, Timing]:
     found: dict[Path, Timing] = {}
     copies: dict[str, list[Copy]] = {}
     x_MI = torch.randn(key.tokens, key.inputs, device=weight_OI.device).to(weight_OI.dtype)
     workspace = workspace_for(key.outputs, weight_OI)
-    for path in paths(key.outputs, key.inputs, key.tokens, weight_OI, key.int4):
+    wanted = None if ways is None else {"dense", *ways}
+    for path in paths(key.outputs, key.inputs, key.tokens, weight_OI, key.int4, wanted):
         kind = COPIES[path.name]
         if kind not in copies:
             copies[kind] = several(copy_of(kind, weight_OI, key.int4))
+            if kind == "fragments":
+                compile_ahead(key, copies[kind][0])
         steps = [partial(product, path, x_MI, copy, workspace) for copy in copies[kind]]
         found[path] = timed(steps, weight_OI.device, replays)
     return found
+
+
+def compile_ahead(key: Key, copy: Copy) -> None:
+    """Compile what the ways on fragments need at once, which takes a fraction of one after another."""
+    assert isinstance(copy, Fragments)
+    found = configs(key.outputs, key.inputs, key.tokens, key.int4)
+    compile_all(copy, [(config, key.tokens, None) for config in found])
 
 
 def several(copy: Copy) -> list[Copy]:
