@@ -8,7 +8,7 @@
 The first compares every way with the dense product. The second times every way for a few tokens (``--tokens``),
 prints the best and keeps all in the table. The third times, for every shape and number of tokens, dense cuBLAS,
 cuSPARSELt, our kernels, those with a low-rank branch and those in 4 bits, by the table's best, then what the table takes
-("fallback"), and sums them over a layer; rows "each alone" do without the start before the kernel before has ended. The
+("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. The
 fourth writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer). ``--ways`` times only some.
 
 On a GPU every number is of a CUDA graph that goes round over as many copies of a weight as leave none of it in L2:
