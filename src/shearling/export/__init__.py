@@ -2,7 +2,22 @@
 
 from shearling.export.adapters import load_adapters, save_adapters
 from shearling.export.classes import per_layer_classes, register
+from shearling.export.compact import COMPACT, block_weights, load_compact, load_sidecar_, save_compact, save_sidecar
 from shearling.export.compressed import check_storable
 from shearling.export.huggingface import ADAPTER, save_model
 
-__all__ = ["ADAPTER", "check_storable", "load_adapters", "per_layer_classes", "register", "save_adapters", "save_model"]
+__all__ = [
+    "ADAPTER",
+    "COMPACT",
+    "block_weights",
+    "check_storable",
+    "load_adapters",
+    "load_compact",
+    "load_sidecar_",
+    "per_layer_classes",
+    "register",
+    "save_adapters",
+    "save_compact",
+    "save_model",
+    "save_sidecar",
+]

@@ -1,0 +1,408 @@
+"""What 2:4 is worth where it runs: linear layers of two models, and a whole one, dense against 2:4 and 2:4 in 4 bits.
+
+    python benchmarks/sparse_runtime.py --check
+    python benchmarks/sparse_runtime.py --tune --table FILE [--json FILE]
+    python benchmarks/sparse_runtime.py --table FILE [--json FILE]
+    python benchmarks/sparse_runtime.py --end-to-end --table FILE [--json FILE]
+
+The first compares every way with the dense product. The second times every way for a few tokens (``--tokens``),
+prints the best and keeps all in the table. The third times, for every shape and number of tokens, dense cuBLAS,
+cuSPARSELt, our kernels, those with a low-rank branch and those in 4 bits, by the table's best, then what the table
+takes ("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. The fourth
+writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer). ``--ways`` times only some.
+
+On a GPU every number is of a CUDA graph that goes round over as many copies of a weight as leave none of it in L2:
+the median of the replays, with their tenth and ninetieth hundredths. ``--quick`` takes tiny shapes, to try it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from functools import partial
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from common import Rows, device_name
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+
+from shearling.evaluate.decode import greedy_step
+from shearling.evaluate.speed import captured_step
+from shearling.export.compact import block_weights
+from shearling.kernels.nvrtc import obstacle
+from shearling.kernels.product24 import Config, compile_all, configs
+from shearling.methods.slorb import block_mean
+from shearling.runtime import (
+    COPIES,
+    TOKENS,
+    Branch,
+    Key,
+    Path,
+    Table,
+    accelerate_,
+    branch_of,
+    copy_of,
+    measure_table,
+    paths,
+    product,
+    random_24,
+    timed,
+)
+from shearling.runtime.paths import bytes_of
+from shearling.runtime.table import several, workspace_for
+
+#: linears of a layer as (outputs, inputs), and how many there are
+LAYERS = {
+    "LLaMA-2-7B": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
+    "Llama-3-8B": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
+}
+TINY = {"tiny": {(64, 256): 2, (32, 384): 1}}
+#: names of ways that are ours
+OURS = ("lanes", "tiles", "mma")
+FEW = (1, 2, 4, 8, 16)
+COLUMNS = ["what", "shape", "tokens", "way", "us", "low", "high", "ratio", "bytes", "device"]
+
+
+class Bench:
+    """A device, the table of what is fastest on it, and the rows."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = torch.device(args.device)
+        self.gpu = self.device.type == "cuda"
+        self.dtype = torch.bfloat16
+        self.layers = TINY if args.quick else LAYERS
+        self.tokens: tuple[int, ...] = tuple(args.tokens or ((1, 2, 16) if args.quick else TOKENS))
+        self.replays = 3 if args.quick else 100
+        self.ways: list[str] | None = args.ways
+        self.file: File | None = args.table
+        name = device_name(self.device)
+        self.table = Table.load(args.table) if args.table and args.table.exists() else Table(name, torch.__version__)
+        if self.table.device != name:
+            raise SystemExit(f"{args.table}: was measured on {self.table.device}, this is {name}")
+        self.rows = Rows(COLUMNS, args.json)
+        self.name = name
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return list(dict.fromkeys(shape for layer in self.layers.values() for shape in layer))
+
+    def key(self, shape: tuple[int, int], tokens: int, int4: bool = False) -> Key:
+        return Key(*shape, str(self.dtype).removeprefix("torch."), int4, tokens)
+
+    def keep(self) -> None:
+        if self.file is not None:
+            self.table.save(self.file)
+
+
+def check(bench: Bench) -> None:
+    """Every way against the dense product in float64, alone and with branches; raises SystemExit where one is wrong."""
+    wrong = 0
+    for shape in bench.shapes:
+        weight_OI = random_24(*shape, bench.dtype, bench.device)
+        down, up = (factor.to(bench.dtype) for factor in block_mean(weight_OI.float(), 16))
+        # of another rank than the blocks have, which t is multiplied for
+        low = [torch.randn(*size, device=bench.device).to(bench.dtype) / 8 for size in ((72, shape[1]), (shape[0], 72))]
+        kinds = list(COPIES.values())
+        branches: dict[str, Branch | None] = {
+            "": None,
+            "branch": branch_of(down, up.contiguous(), kinds),
+            "INT8 branch": branch_of(down, up.contiguous(), kinds, eight_bits=True),
+            "low rank": branch_of(*low, kinds),
+        }
+        workspace = workspace_for(shape[0], weight_OI)
+        for int4 in (False, True):
+            copies: Any = {kind: copy_of(kind, weight_OI, int4) for kind in ("dense", "compact", "fragments")}
+            few = [count for count in bench.tokens if count <= max(FEW)]
+            ups = [None if branch is None else branch.fragments for branch in branches.values()]
+            if obstacle(bench.device) is None:
+                compile_all(
+                    copies["fragments"], [(c, m, up) for m in few for c in configs(*shape, m, int4) for up in ups]
+                )
+            for tokens in few:
+                x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
+                x, wide = x_MI.double(), copies["dense"].double()
+                exact = {
+                    what: x @ wide.T if b is None else x @ wide.T + x @ b.down.double().T @ b.up.double().T
+                    for what, b in branches.items()
+                }
+                for path in paths(*shape, tokens, weight_OI, int4, bench.ways):
+                    kind = COPIES[path.name]
+                    if kind not in copies:
+                        copies[kind] = copy_of(kind, weight_OI, int4)
+                    for what, branch in branches.items():
+                        found = product(path, x_MI, copies[kind], workspace, branch)
+                        error = float((found.double() - exact[what]).norm() / exact[what].norm())
+                        # one rounding to bfloat16 is 2e-3, and the 8 bits of an adapter are not in what is exact
+                        if not error < (2e-2 if what == "INT8 branch" else 5e-3):
+                            wrong += 1
+                            way = " ".join(map(str, (path.name, *path.option)))
+                            what = f"WRONG {what} {int4=}"
+                            bench.rows.add(what=what, shape=shape, tokens=tokens, way=way, ratio=error)
+        print(f"# {shape}: checked, {wrong} wrong so far", flush=True)
+    if wrong:
+        raise SystemExit(f"{wrong} products are wrong")
+
+
+def tune(bench: Bench) -> None:
+    """Every way for few tokens; the best three of ours are printed beside dense."""
+    for shape in bench.shapes:
+        for int4 in (False, True):
+            for tokens in [count for count in bench.tokens if count <= max(FEW)]:
+                measure_table(
+                    [shape],
+                    device=bench.device,
+                    dtype=bench.dtype,
+                    int4=int4,
+                    tokens=[tokens],
+                    table=bench.table,
+                    replays=3 if bench.replays < 10 else 20,
+                    every=True,
+                    ways=bench.ways,
+                )
+                found = bench.table.times[bench.key(shape, tokens, int4)]
+                dense = found[Path("dense")]
+                ranked = sorted(found.items(), key=lambda pair: pair[1].seconds)
+                for path, timing in [(Path("dense"), dense), *[p for p in ranked if p[0].name in OURS][:3]]:
+                    report(bench, "INT4" if int4 else "bf16", shape, tokens, path, timing, dense.seconds)
+        bench.keep()
+
+
+def report(bench: Bench, what: str, shape: Any, tokens: int, path: Path | None, timing: Any, dense: float, **more: Any):
+    """A row; ``ratio`` is how many times as fast as dense."""
+    bench.rows.add(
+        what=what,
+        shape="x".join(map(str, shape)) if isinstance(shape, tuple) else shape,
+        tokens=tokens,
+        way="" if path is None else " ".join(map(str, (path.name, *path.option))),
+        us=timing.seconds * 1e6,
+        low=timing.low * 1e6,
+        high=timing.high * 1e6,
+        ratio=dense / timing.seconds,
+        device=bench.name,
+        **more,
+    )
+
+
+def shapes(bench: Bench) -> None:
+    """All rows of all shapes, then their sums over layers."""
+    found: dict[tuple[str, tuple[int, int], int], float] = {}
+    for shape in bench.shapes:
+        # what has not been tuned for as many tokens has few ways
+        measure_table(
+            [shape],
+            device=bench.device,
+            dtype=bench.dtype,
+            tokens=bench.tokens,
+            table=bench.table,
+            replays=20,
+            ways=bench.ways,
+        )
+        few = [count for count in bench.tokens if count <= max(FEW)]
+        if few:
+            measure_table(
+                [shape],
+                device=bench.device,
+                dtype=bench.dtype,
+                int4=True,
+                tokens=few,
+                table=bench.table,
+                replays=20,
+                ways=bench.ways,
+            )
+        bench.keep()
+        weight_OI = random_24(*shape, bench.dtype, bench.device)
+        down, up = (factor.to(bench.dtype) for factor in block_mean(weight_OI.float(), 16))
+        branches = {
+            "branch": branch_of(down, up.contiguous(), list(COPIES.values())),
+            "INT8 branch": branch_of(down, up.contiguous(), list(COPIES.values()), eight_bits=True),
+        }
+        workspace = workspace_for(shape[0], weight_OI)
+        copies: dict[tuple[str, bool], list[Any]] = {}
+        for tokens in bench.tokens:
+            x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
+            for what, path, int4, added in variants(bench, shape, tokens):
+                kind = COPIES[path.name]
+                if (kind, int4) not in copies:
+                    copies[kind, int4] = several(copy_of(kind, weight_OI, int4))
+                beside = [fresh(branches[added]) if added else None for _ in copies[kind, int4]]
+                steps = [
+                    partial(product, path, x_MI, c, workspace, b)
+                    for c, b in zip(copies[kind, int4], beside, strict=True)
+                ]
+                timing = timed(steps, bench.device, bench.replays)
+                found[what, shape, tokens] = timing.seconds
+                size = bytes_of(copies[kind, int4][0]) + branch_bytes(path, beside[0])
+                report(bench, what, shape, tokens, path, timing, found["dense", shape, tokens], bytes=size)
+    sums(bench, found)
+
+
+def fresh(branch: Branch) -> Branch:
+    """The same branch in other memory."""
+    assert branch.fragments is not None
+    values, scales = branch.fragments[:2]
+    parts = values.clone(), None if scales is None else scales.clone()
+    return Branch(branch.down, branch.up.clone(), branch.fragments._replace(values=parts[0], scales=parts[1]))
+
+
+def branch_bytes(path: Path, branch: Branch | None) -> int:
+    """What of a branch is read from memory; that of a block mean is only S."""
+    if branch is None:
+        return 0
+    return branch.fragments.bytes if path.name == "mma" and branch.fragments else branch.up.nbytes
+
+
+def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[str, Path, bool, str]]:
+    """What is timed: (name, way, whether 4 bits, which branch)."""
+    exact = bench.table.times[bench.key(shape, tokens)]
+
+    def fastest(names: tuple[str, ...], times: dict[Path, Any]) -> Path | None:
+        return min((p for p in times if p.name in names), key=lambda p: times[p].seconds, default=None)
+
+    ours = fastest(OURS, exact)
+    rows: list[tuple[str, Path | None, bool, str]] = [
+        ("dense", Path("dense"), False, ""),
+        ("dense, decompressed", fastest(("decompress", "unpack"), exact), False, ""),
+        ("cuSPARSELt", fastest(("cusparselt",), exact), False, ""),
+        ("2:4", ours, False, ""),
+        ("2:4, each alone", alone(ours), False, ""),
+        ("2:4 and branch", ours, False, "branch"),
+        ("2:4 and INT8 branch", ours if ours is not None and ours.name == "mma" else None, False, "INT8 branch"),
+    ]
+    if bench.key(shape, tokens, True) in bench.table.times:
+        coarse = bench.table.times[bench.key(shape, tokens, True)]
+        rows += [
+            ("2:4 INT4", fastest(OURS, coarse), True, ""),
+            ("2:4 INT4, each alone", alone(fastest(OURS, coarse)), True, ""),
+            ("2:4 INT4 and branch", fastest(OURS, coarse), True, "branch"),
+        ]
+    # the two copies of a weight that are fastest at some number of tokens
+    rows.append(("fallback", bench.table.best(bench.key(shape, tokens)), False, ""))
+    return [(what, path, int4, added) for what, path, int4, added in rows if path is not None]
+
+
+def alone(path: Path | None) -> Path | None:
+    """The way without the start before the kernel before has ended, where it has one."""
+    if path is None or path.name != "mma":
+        return None
+    return Path(path.name, tuple(Config(*path.option)._replace(early=False)))  # pyrefly: ignore[bad-argument-type]
+
+
+def sums(bench: Bench, found: dict[tuple[str, tuple[int, int], int], float]) -> None:
+    """Rows of a whole layer's linears, where all of them have been timed."""
+    for model, layer in bench.layers.items():
+        totals: dict[tuple[str, int], float] = defaultdict(float)
+        seen: dict[tuple[str, int], int] = defaultdict(int)
+        for (what, shape, tokens), seconds in found.items():
+            if shape in layer:
+                totals[what, tokens] += seconds * layer[shape]
+                seen[what, tokens] += 1
+        for (what, tokens), seconds in sorted(totals.items(), key=lambda item: item[0][1]):
+            if seen[what, tokens] == len(layer):
+                dense = totals["dense", tokens]
+                bench.rows.add(
+                    what=what, shape=model, tokens=tokens, way="sum", us=seconds * 1e6, ratio=dense / seconds
+                )
+
+
+def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
+    """Prefill and decoding of a whole random model, both as CUDA graphs over a static cache."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+    if bench.layers is TINY:
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 96}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=4096)
+    dense: dict[str, float] = {}
+    for what, int4 in (("dense", False), ("2:4", False), ("2:4 INT4", True)):
+        if bench.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        with bench.device:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=bench.dtype).eval()
+        with torch.no_grad():
+            for weight in block_weights(model).values():
+                weight.copy_(random_24(*weight.shape, bench.dtype, bench.device))
+        held = sum(weight.nbytes for weight in block_weights(model).values())
+        if what != "dense":
+            tokens = [count for count in bench.tokens if count <= prompt] if not int4 else [1, prompt]
+            wanted = sorted({1, prompt, *tokens})
+            shapes = sorted({tuple(weight.shape) for weight in block_weights(model).values()})
+            measure_table(shapes, device=bench.device, dtype=bench.dtype, int4=int4, tokens=wanted, table=bench.table)
+            held = accelerate_(model, bench.table, int4=int4, copies="fastest", tokens=wanted).bytes
+        peak = torch.cuda.max_memory_allocated() if bench.gpu else None
+        for part, seconds, count in timings(bench, model, prompt, generate):
+            dense.setdefault(part, seconds)
+            bench.rows.add(
+                what=f"{what}, {part}",
+                shape=f"{layers} layers, prompt {prompt}",
+                tokens=count,
+                way=f"{count / seconds:.1f} tokens/s",
+                us=seconds * 1e6,
+                ratio=dense[part] / seconds,
+                bytes=held,
+                peak=peak,
+                tokens_per_second=count / seconds,
+                device=bench.name,
+            )
+        del model
+
+
+@torch.no_grad()
+def timings(bench: Bench, model: Any, prompt: int, generate: int) -> list[tuple[str, float, int]]:
+    """(what, seconds, tokens) of reading a prompt and of one more token after it."""
+    ids_BT = torch.randint(3, model.config.vocab_size, (1, prompt), device=bench.device)
+    cache = StaticCache(config=model.config, max_cache_len=prompt)
+
+    def read() -> None:
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.cumulative_length.zero_()
+        greedy_step(model, ids_BT, cache)
+
+    replays = 3 if bench.replays < 10 else 10
+    prefill = timed([read], bench.device, replays).seconds
+    if bench.gpu:
+        step, _ = captured_step(model, ids_BT, 4 + 2 * generate)
+        for _ in range(4):
+            step()
+        starts = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        starts[0].record()
+        for _ in range(generate):
+            step()
+        starts[1].record()
+        torch.cuda.synchronize()
+        decode = starts[0].elapsed_time(starts[1]) / 1000 / generate
+    else:
+        token, kept = greedy_step(model, ids_BT)
+        decode = timed([partial(greedy_step, model, token, kept)], bench.device, replays).seconds
+    return [("prefill", prefill, prompt), ("decode", decode, 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=File, help="file for the rows")
+    parser.add_argument("--table", type=File, help="file of measured ways, read and written")
+    parser.add_argument("--check", action="store_true", help="compare every way with the dense product first")
+    parser.add_argument("--tune", action="store_true", help="time every way for few tokens")
+    parser.add_argument("--end-to-end", action="store_true", help="a whole model")
+    parser.add_argument("--ways", nargs="*", choices=sorted(COPIES), help="time these alone, beside dense")
+    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    bench = Bench(args)
+    if args.check:
+        check(bench)
+    elif args.tune:
+        tune(bench)
+    elif args.end_to_end:
+        end_to_end(bench, args.layers, args.prompt, args.generate)
+    else:
+        shapes(bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+// Products of a few tokens with 2:4 weights on sparse tensor cores: y = W x, and with a branch W x + S t.
+//
+// Weights lie in memory in the order in which mma.sp takes them (kernels/product24.py packs them), so that every load is
+// 16 bytes a thread, neighbours in a warp, and nothing is unpacked: sparse weights are operand A, tokens are the columns
+// of operand B. A block has ROW_TILES * 16 outputs and a part of the inputs, which its warps take in turn; blocks of a
+// cluster share outputs. Sums meet in shared memory, first of a block, then of the cluster, always in the same order.
+//
+// No header is needed. What is of this machine alone stands first, so that the rest also compiles as plain C++.
+//
+// Macros: INT4 (0: bfloat16 values; 1: 4-bit codes), GROUP (inputs of a scale), ROW_TILES, WARPS, TOKEN_TILES (of 8),
+// STEPS (loads in flight, in steps), BLOCKS (a multiprocessor holds at least so many), BRANCH (0 none, 1: t is given,
+// 2: t is the sum of every BLOCK inputs), UP8 (S in 8 bits), EARLY (starts before the kernel before it has ended).
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+struct __attribute__((aligned(16))) Quad { u32 at[4]; };
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+extern __shared__ Quad shared_memory[];
+
+DEVICE u32 thread_index() { return threadIdx.x; }
+DEVICE u32 block_x() { return blockIdx.x; }
+DEVICE u32 block_y() { return blockIdx.y; }
+DEVICE u32 grid_y() { return gridDim.y; }
+DEVICE u32 address_of(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
+DEVICE void block_sync() { __syncthreads(); }
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE float of_rank(const float* shared, u32 rank) {
+    u32 there;
+    float value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address_of(shared)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+    return value;
+}
+DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// volatile: they are to be issued before anything waits
+DEVICE Quad stream16(const Quad* at) {
+    Quad q;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.at[0]), "=r"(q.at[1]), "=r"(q.at[2]), "=r"(q.at[3]) : "l"(at));
+    return q;
+}
+DEVICE u64 stream8(const u64* at) {
+    u64 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(at));
+    return v;
+}
+DEVICE u32 stream4(const u32* at) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+// to shared memory, in the background; zeros where it is not there
+DEVICE void copy16(Quad* shared, const Quad* at, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_of(shared)), "l"(at), "r"(there ? 16 : 0)
+                 : "memory");
+}
+DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void load_matrices(u32 (&r)[4], u32 shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared) : "memory");
+}
+template <int SELECTOR>
+DEVICE void multiply_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places),
+          "n"(SELECTOR));
+}
+DEVICE void multiply_dense(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// both halves minus 136: the codes stand 8 too high in the mantissas of 128
+DEVICE u32 minus_136(u32 pair) {
+    u32 r;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(pair), "r"(0x43084308u));
+    return r;
+}
+DEVICE u32 rounded_pair(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+DEVICE float bits_as_float(u32 bits) { return __uint_as_float(bits); }
+#endif
+
+DEVICE float low_half(u32 pair) { return bits_as_float(pair << 16); }
+DEVICE float high_half(u32 pair) { return bits_as_float(pair & 0xffff0000u); }
+
+#if INT4
+constexpr int STEP_INPUTS = 128;
+#else
+constexpr int STEP_INPUTS = 64;
+#endif
+constexpr int TILES = STEP_INPUTS / 32;
+// a pair of bfloat16 rows must not meet in one bank
+constexpr int PAD = 8;
+// so many of the rank in one turn
+constexpr int BRANCH_STEP = 32;
+// two sums in turn where there are few, or products would wait for each other
+constexpr int CHAINS = ROW_TILES * TOKEN_TILES >= 4 || INT4 ? 1 : 2;
+
+// What a thread holds of ROW_TILES * 16 outputs and STEP_INPUTS inputs.
+struct Step {
+#if INT4
+    Quad codes[ROW_TILES];
+    u64 places[ROW_TILES];
+    u32 scales[ROW_TILES][STEP_INPUTS / GROUP];
+#else
+    Quad values[ROW_TILES][2];
+    u32 places[ROW_TILES];
+#endif
+};
+
+struct Weights {  // as in product24.py
+    const Quad* values;
+    const void* places;
+    const u32* scales;
+    int row_tiles;
+    int steps;
+};
+
+DEVICE void fetch(Step& step, const Weights& w, int row_tile, int at, int lane) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+        // the last block may have fewer outputs: it computes some twice
+        int tile = row_tile + r < w.row_tiles ? row_tile + r : w.row_tiles - 1;
+        u64 place = (u64)tile * w.steps + at;
+#if INT4
+        step.codes[r] = stream16(w.values + place * 32 + lane);
+        step.places[r] = stream8((const u64*)w.places + place * 32 + lane);
+#pragma unroll
+        for (int g = 0; g < STEP_INPUTS / GROUP; ++g)
+            step.scales[r][g] = stream4(w.scales + (place * (STEP_INPUTS / GROUP) + g) * 8 + lane / 4);
+#else
+        step.values[r][0] = stream16(w.values + place * 64 + lane);
+        step.values[r][1] = stream16(w.values + place * 64 + 32 + lane);
+        step.places[r] = stream4((const u32*)w.places + place * 32 + lane);
+#endif
+    }
+}
+
+typedef float Sums[ROW_TILES][TOKEN_TILES][4];
+
+template <int TILE>
+DEVICE void multiply_tile(Sums& sums, const Step& step, const u32 (&tokens)[TOKEN_TILES][4]) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#if INT4
+        u32 a[4], word = step.codes[r].at[TILE];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = minus_136(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u);
+        u32 places = (u32)(step.places[r] >> (TILE / 2 * 32));
+#else
+        const u32(&a)[4] = step.values[r][TILE].at;
+        u32 places = step.places[r];
+#endif
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) multiply_sparse<TILE % 2>(sums[r][n], a, tokens[n], places);
+    }
+}
+
+template <int TILE>
+DEVICE void multiply(Sums (&sums)[CHAINS], Sums& part, const Step& step, const u32 (&at)[TOKEN_TILES], const u32 (&move)[TOKEN_TILES], int local) {
+    if constexpr (TILE < TILES) {
+        u32 tokens[TOKEN_TILES][4];
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) load_matrices(tokens[n], at[n] + (u32)(local * TILES + TILE) * move[n]);
+#if INT4
+        constexpr int EVERY = GROUP / 32;
+        if constexpr (TILE % EVERY == 0) {
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) part[r][n][i] = 0.f;
+        }
+        multiply_tile<TILE>(part, step, tokens);
+        if constexpr (TILE % EVERY == EVERY - 1) {
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) {
+                u32 pair = step.scales[r][TILE / EVERY];
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        sums[0][r][n][i] += part[r][n][i] * (i < 2 ? low_half(pair) : high_half(pair));
+            }
+        }
+#else
+        multiply_tile<TILE>(sums[TILE % CHAINS], step, tokens);
+#endif
+        multiply<TILE + 1>(sums, part, step, at, move, local);
+    }
+}
+
+#if BRANCH
+// ROW_TILES * 16 outputs and BRANCH_STEP of the rank.
+struct Up {
+    Quad values[ROW_TILES][UP8 ? 1 : 2];
+};
+
+DEVICE void fetch_up(Up& step, const Quad* up, int row_tiles, int up_steps, int row_tile, int at, int lane) {
+    constexpr int QUADS = UP8 ? 1 : 2;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+        int tile = row_tile + r < row_tiles ? row_tile + r : row_tiles - 1;
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q)
+            step.values[r][q] = stream16(up + (((u64)tile * up_steps + at) * QUADS + q) * 32 + lane);
+    }
+}
+
+DEVICE void multiply_up(Sums& sums, const Up& step, const u32 (&at)[TOKEN_TILES], const u32 (&move)[TOKEN_TILES], int local) {
+    u32 tokens[TOKEN_TILES][4];
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; ++n) load_matrices(tokens[n], at[n] + (u32)local * move[n]);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#if UP8
+                u32 pair = step.values[r][0].at[half * 2 + i / 2] >> (16 * (i % 2));
+                // exact: 8 bits are a bfloat16's
+                a[i] = rounded_pair(bits_as_float(0x4b000000u | (pair & 255u)) - 8388736.f,
+                                    bits_as_float(0x4b000000u | (pair >> 8 & 255u)) - 8388736.f);
+#else
+                a[i] = step.values[r][half].at[i];
+#endif
+            }
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n) multiply_dense(sums[r][n], a, tokens[n][half * 2], tokens[n][half * 2 + 1]);
+        }
+}
+#endif
+
+struct Branch {
+    const Quad* up;
+    const float* up_scales;
+    const u16* inner;
+    int rank;
+    int steps;
+    int block;
+};
+
+// Where a thread finds the tokens of operand B in shared memory, and how far it goes from tile to tile: tokens that are
+// not there are read from one place that holds zeros.
+DEVICE void operand_places(u32 (&at)[TOKEN_TILES], u32 (&move)[TOKEN_TILES], const u16* rows, int stride, const Quad* zeros, int tokens, int lane) {
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+        int token = n * 8 + lane % 8;
+        bool there = token < tokens;
+        at[n] = there ? address_of(rows + (u64)token * stride + lane / 8 * 8) : address_of(zeros);
+        move[n] = there ? 64 : 0;
+    }
+}
+
+// grain: cluster ranks begin at multiples of so many steps; widest: the inputs of the rank that has most, likewise
+// widest_inner of the rank's. x [tokens, inputs], y [tokens, outputs], bias [outputs] or null.
+KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y, int tokens, int outputs, int inputs, int grain, int widest, int widest_inner) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32, thread = thread_index();
+    const int row_tile = block_x() * ROW_TILES;
+    const int rank = block_y(), ranks = grid_y();
+    const int grains = (w.steps + grain - 1) / grain;
+    const int begin = rank * grains / ranks * grain;
+    const int last = (rank + 1) * grains / ranks * grain;
+    const int end = last < w.steps ? last : w.steps;
+
+    // zeros, tokens (later the warps' sums), the branch's tokens, the block's sums
+    Quad* zeros = shared_memory;
+    u16* rows = (u16*)(shared_memory + 1);
+    const int stride = widest + PAD;
+    const int space = tokens * stride * 2 > WARPS * ROW_TILES * 16 * tokens * 4 ? tokens * stride * 2
+                                                                               : WARPS * ROW_TILES * 16 * tokens * 4;
+    u16* inner = rows + space / 2;
+    const int inner_stride = widest_inner + PAD;
+    float* total = (float*)(inner + (BRANCH ? tokens * inner_stride : 0));
+
+    Step steps[STEPS];
+    const int first = begin + warp;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i)
+        if (first + i * WARPS < end) fetch(steps[i], w, row_tile, first + i * WARPS, lane);
+#if BRANCH
+    const int up_begin = BRANCH == 2 ? begin * STEP_INPUTS / (branch.block * BRANCH_STEP) : rank * branch.steps / ranks;
+    const int up_last = BRANCH == 2 ? (end * STEP_INPUTS + branch.block * BRANCH_STEP - 1) / (branch.block * BRANCH_STEP)
+                                    : (rank + 1) * branch.steps / ranks;
+    const int up_end = up_last < branch.steps ? up_last : branch.steps;
+    Up up;
+    // those that come last, so that warps with one step fewer have them
+    const int up_first = up_begin + (WARPS - 1 - warp);
+    if (up_first < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, up_first, lane);
+#endif
+    if (EARLY) {
+        let_next_kernel_start();
+        wait_for_kernel_before();
+    }
+
+    const int from = begin * STEP_INPUTS;
+    const int width = (end - begin) * STEP_INPUTS / 8;
+    if (thread == 0) *zeros = Quad{{0, 0, 0, 0}};
+    for (int m = 0; m < tokens; ++m)
+        for (int c = thread; c < width; c += WARPS * 32) {
+            const bool there = from + c * 8 < inputs;
+            copy16((Quad*)(rows + m * stride + c * 8), (const Quad*)(x + (there ? (u64)m * inputs + from + c * 8 : 0)), there);
+        }
+#if BRANCH == 1
+    for (int m = 0; m < tokens; ++m)
+        for (int c = thread; c < (up_end - up_begin) * BRANCH_STEP / 8; c += WARPS * 32) {
+            const int from_inner = up_begin * BRANCH_STEP + c * 8;
+            const bool there = from_inner < branch.rank;
+            copy16((Quad*)(inner + m * inner_stride + c * 8),
+                   (const Quad*)(branch.inner + (there ? (u64)m * branch.rank + from_inner : 0)), there);
+        }
+#endif
+    wait_for_copies();
+    block_sync();
+#if BRANCH == 2
+    for (int m = 0; m < tokens; ++m)
+        for (int c = thread; c < (up_end - up_begin) * BRANCH_STEP; c += WARPS * 32) {
+            float sum = 0.f;
+            const int at = c * branch.block;
+            if (at < width * 8)
+                for (int i = 0; i < branch.block; i += 8) {
+                    Quad q = *(const Quad*)(rows + m * stride + at + i);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) sum += low_half(q.at[j]) + high_half(q.at[j]);
+                }
+            inner[m * inner_stride + c] = (u16)rounded_pair(sum, 0.f);
+        }
+    block_sync();
+#endif
+
+    Sums sums[CHAINS] = {}, part;
+    u32 at[TOKEN_TILES], move[TOKEN_TILES];
+    operand_places(at, move, rows, stride, zeros, tokens, lane);
+    for (int base = first; base < end; base += STEPS * WARPS) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const int now = base + i * WARPS;
+            if (now < end) multiply<0>(sums, part, steps[i], at, move, now - begin);
+            if (now + STEPS * WARPS < end) fetch(steps[i], w, row_tile, now + STEPS * WARPS, lane);
+        }
+    }
+#pragma unroll
+    for (int chain = 1; chain < CHAINS; ++chain)
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[0][r][n][i] += sums[chain][r][n][i];
+#if BRANCH
+    Sums added = {};
+    operand_places(at, move, inner, inner_stride, zeros, tokens, lane);
+    for (int now = up_first; now < up_end; now += WARPS) {
+        multiply_up(added, up, at, move, now - up_begin);
+        if (now + WARPS < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, now + WARPS, lane);
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+        const int row = (row_tile + r) * 16 + lane / 4;
+        const float low = UP8 && row < outputs ? branch.up_scales[row] : 1.f;
+        const float high = UP8 && row + 8 < outputs ? branch.up_scales[row + 8] : 1.f;
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[0][r][n][i] += added[r][n][i] * (i < 2 ? low : high);
+    }
+#endif
+
+    // tokens in shared memory are no longer read
+    block_sync();
+    constexpr int ROWS = ROW_TILES * 16;
+    const int sums_of_warp = ROWS * tokens;
+    float* meet = (float*)rows;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = r * 16 + lane / 4 + i / 2 * 8, token = n * 8 + lane % 4 * 2 + i % 2;
+                if (token < tokens) meet[warp * sums_of_warp + token * ROWS + row] = sums[0][r][n][i];
+            }
+    block_sync();
+    for (int o = thread; o < sums_of_warp; o += WARPS * 32) {
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < WARPS; ++k) sum += meet[k * sums_of_warp + o];
+        total[o] = sum;
+    }
+    if (ranks > 1) cluster_sync();
+    for (int o = thread * ranks + rank; o < sums_of_warp; o += WARPS * 32 * ranks) {
+        float sum = 0.f;
+        if (ranks > 1)
+            for (int k = 0; k < ranks; ++k) sum += of_rank(total + o, k);
+        else
+            sum = total[o];
+        const int row = row_tile * 16 + o % ROWS, token = o / ROWS;
+        if (row < outputs) {
+            if (bias) sum += low_half(bias[row]);
+            y[(u64)token * outputs + row] = (u16)rounded_pair(sum, 0.f);
+        }
+    }
+    // no block may end while others read its sums
+    if (ranks > 1) cluster_sync();
+}
+
+// The dense weight [outputs, inputs] again, for products of many tokens; a warp for ROW_TILES * 16 outputs and a step.
+KERNEL unpack24(Weights w, u16* dense, int outputs, int inputs) {
+    const int lane = thread_index() % 32, at = block_y() * WARPS + thread_index() / 32;
+    if (at >= w.steps) return;
+    Step step;
+    fetch(step, w, block_x() * ROW_TILES, at, lane);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+        const int row_tile = block_x() * ROW_TILES + r;
+        const u64 place = ((u64)row_tile * w.steps + at) * 32 + lane / 4 * 4;
+        if (row_tile >= w.row_tiles) return;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                // register i holds a group's two values: of one column of eight, and of one row of two
+                const int side = i / 2, half = i % 2;
+                const int row = row_tile * 16 + lane / 4 + 8 * half;
+                const int from = at * STEP_INPUTS + tile * 32 + side * 16 + lane % 4 * 4;
+#if INT4
+                const u32 word = (u32)(((const u64*)w.places)[place + tile % 2 * 2 + side] >> (tile / 2 * 32));
+                const u32 scales = step.scales[r][tile * 32 / GROUP];
+                const u32 codes = minus_136(((step.codes[r].at[tile] >> (4 * i)) & 0x000f000fu) | 0x43004300u);
+                const float scale = half ? high_half(scales) : low_half(scales);
+                const u32 pair = rounded_pair(low_half(codes) * scale, high_half(codes) * scale);
+#else
+                const u32 word = ((const u32*)w.places)[place + tile % 2 * 2 + side];
+                const u32 pair = step.values[r][tile].at[i];
+#endif
+                const u32 field = word >> (16 * half + lane % 4 * 4) & 15u;
+                u64 four = (u64)(pair & 0xffffu) << (16 * (field & 3u)) | (u64)(pair >> 16) << (16 * (field >> 2));
+                if (row < outputs && from < inputs) *(u64*)(dense + (u64)row * inputs + from) = four;
+            }
+    }
+}

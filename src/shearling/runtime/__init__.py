@@ -1,0 +1,31 @@
+"""Running 2:4 and 2:4 with 4-bit values where it is faster than dense, and dense where it is not."""
+
+from shearling.runtime.accelerate import Accelerated, accelerate_
+from shearling.runtime.linear import Route, RoutedLinear
+from shearling.runtime.paths import COPIES, Branch, Path, branch_of, copy_of, decompressed, paths, product
+from shearling.runtime.table import TOKENS, Key, Table, cached_table, measure_table, random_24, table_file
+from shearling.runtime.timing import Timing, timed
+
+__all__ = [
+    "COPIES",
+    "TOKENS",
+    "Accelerated",
+    "Branch",
+    "Key",
+    "Path",
+    "Route",
+    "RoutedLinear",
+    "Table",
+    "Timing",
+    "accelerate_",
+    "branch_of",
+    "cached_table",
+    "copy_of",
+    "decompressed",
+    "measure_table",
+    "paths",
+    "product",
+    "random_24",
+    "table_file",
+    "timed",
+]

@@ -1,0 +1,142 @@
+"""Putting the fastest ways into a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from shearling.anatomy import anatomy_of
+from shearling.errors import ShearlingError
+from shearling.kernels.compact24 import is_24
+from shearling.nn import EffectiveLinear, is_linear
+from shearling.runtime.linear import Route, RoutedLinear
+from shearling.runtime.paths import COPIES, GROUP, Path, branch_of, copy_of
+from shearling.runtime.table import TOKENS, Key, Table, measure_table, workspace_for
+from shearling.surgery import adapters_of
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """What ``accelerate_`` did: ``routes`` of every linear it replaced, which linears it ``left``, and the bytes.
+
+    ``bytes`` is what the copies of replaced weights hold, ``dense_bytes`` what the weights themselves held.
+    """
+
+    routes: Mapping[str, tuple[Route, ...]]
+    left: tuple[str, ...]
+    bytes: int
+    dense_bytes: int
+
+
+@torch.no_grad()
+def accelerate_(
+    model: Any,
+    table: Table | None = None,
+    *,
+    int4: bool = False,
+    copies: Literal["one", "fastest"] = "one",
+    tokens: Sequence[int] = TOKENS,
+) -> Accelerated:
+    """Replace the 2:4 linears of a model's blocks by ones that take the fastest way for as many tokens as they get.
+
+    Ways come from ``table``, or from the device's own, kept on disk and measured where it lacks a shape. With
+    ``copies="one"`` a linear holds one copy of its weight: the one whose ways, over all numbers of tokens, lose least
+    against the fastest. With ``"fastest"`` it holds every copy that a fastest way reads. ``int4`` rounds values to 4
+    bits with a scale for every 128 inputs. Branches beside a linear go along.
+
+    Raises ShearlingError, before anything changes, where no linear of the blocks is 2:4, and with ``int4`` where groups
+    do not fill the inputs of one.
+    """
+    found = {name: weight for name, weight in _weights(model).items() if is_24(weight)}
+    if not found:
+        raise ShearlingError("accelerate: none of the model's block linears is 2:4; prune it to 2:4 first")
+    for name, weight in found.items():
+        if int4 and weight.shape[1] % GROUP:
+            raise ShearlingError(
+                f"{name}: {weight.shape[1]} inputs are no multiple of {GROUP}; it cannot be 4 bits here"
+            )
+    left = tuple(name for name in _weights(model) if name not in found)
+    like = next(iter(found.values()))
+    shapes = {(weight.shape[0], weight.shape[1]) for weight in found.values()}
+    if table is None:
+        table = measure_table(sorted(shapes), device=like.device, dtype=like.dtype, int4=int4, tokens=tokens)
+    dtype = str(like.dtype).removeprefix("torch.")
+    routes = {
+        shape: _routes(table, [Key(*shape, dtype, int4, count) for count in sorted(tokens)], copies) for shape in shapes
+    }
+    branches = adapters_of(model)
+    workspace = workspace_for(max(outputs for outputs, _ in shapes), like)
+    held = dense = 0
+    for name, weight in found.items():
+        chosen = routes[weight.shape[0], weight.shape[1]]
+        kinds = {COPIES[route.path.name] for route in chosen}
+        branch = None
+        if name in branches.up:
+            up = branches.up[name] * branches.scale[name]
+            down, up = (factor.to(like.dtype).contiguous() for factor in (branches.down[name], up))
+            branch = branch_of(down, up, kinds)
+        old: Any = model.get_submodule(name)
+        dense += weight.nbytes
+        new = RoutedLinear(
+            {kind: copy_of(kind, weight, int4) for kind in kinds},
+            chosen,
+            None if old.bias is None else old.bias.detach(),
+            workspace,
+            branch,
+        )
+        model.set_submodule(name, new)
+        held += new.bytes
+    return Accelerated({name: routes[w.shape[0], w.shape[1]] for name, w in found.items()}, left, held, dense)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights [O, I] of the linears in a model's blocks by module path, those with branches beside them too."""
+    anatomy = anatomy_of(model.config)
+    found = {}
+    for layer in range(anatomy.num_layers):
+        path = anatomy.path(layer)
+        for name, module in model.get_submodule(path).named_modules(prefix=path):
+            if isinstance(module, EffectiveLinear):
+                weight = module.effective_weight()
+                found[name] = weight.T if module.transposed else weight
+            elif is_linear(module):
+                weight: Tensor = module.weight  # pyrefly: ignore[bad-assignment]
+                found[name] = weight.T if isinstance(module, Conv1D) else weight
+    return found
+
+
+def _routes(table: Table, keys: Sequence[Key], copies: str) -> tuple[Route, ...]:
+    kinds = tuple(dict.fromkeys(COPIES.values()))
+    if copies == "fastest":
+        paths = [table.best(key) for key in keys]
+    else:
+        kind = min(kinds, key=lambda kind: _loss(table, keys, kind))
+        paths = [table.best(key, [kind]) for key in keys]
+    return _merged(keys, paths)
+
+
+def _loss(table: Table, keys: Sequence[Key], kind: str) -> float:
+    """How much slower a linear is that holds that copy alone: the sum of logarithms, infinite where it cannot be."""
+    total = 0.0
+    for key in keys:
+        try:
+            total += math.log(table.fastest(key, [kind])[1].seconds / table.fastest(key)[1].seconds)
+        except ShearlingError:
+            return math.inf
+    return total
+
+
+def _merged(keys: Sequence[Key], paths: Sequence[Path]) -> tuple[Route, ...]:
+    """One route for neighbouring numbers of tokens that take the same way."""
+    routes: list[Route] = []
+    for key, path in zip(keys, paths, strict=True):
+        if routes and routes[-1].path == path:
+            routes.pop()
+        routes.append(Route(key.tokens, path))
+    return tuple(routes)

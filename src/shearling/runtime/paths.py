@@ -1,0 +1,197 @@
+"""The ways to multiply by a 2:4 weight, and the copy of it that each one reads. M tokens, O outputs, I inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shearling.kernels import triton_usable
+from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
+from shearling.kernels.nvrtc import obstacle
+from shearling.kernels.product24 import TOKENS as FRAGMENT_TOKENS
+from shearling.kernels.product24 import Config, Fragments, Up, configs, dense24, fragments_of, product24, up_fragments
+from shearling.plan import Grid
+
+#: inputs that share a scale in 4 bits
+GROUP = 128
+#: cuSPARSELt takes tokens by the eight, and weights whose sides are multiples of 16
+CUSPARSELT_TOKENS, CUSPARSELT_SIDE = 8, 16
+
+Copy = Tensor | Compact24 | Compact24Int4 | Fragments
+
+
+class Path(NamedTuple):
+    """One way: ``name`` of ``COPIES``, and which of its variants (an algorithm's number, a candidate's fields)."""
+
+    name: str
+    option: tuple[int | str, ...] = ()
+
+
+class Branch(NamedTuple):
+    """A low-rank branch ``(x down^T) up^T``: ``down`` [R, I] and ``up`` [O, R], in the type of the inputs.
+
+    ``fragments`` is ``up`` once more, as the way ``mma`` takes it; those of a block mean need no ``down``.
+    """
+
+    down: Tensor
+    up: Tensor
+    fragments: Up | None = None
+
+
+#: which copy of the weight a way reads
+COPIES = {
+    "dense": "dense",
+    "decompress": "compact",
+    "lanes": "compact",
+    "tiles": "compact",
+    "unpack": "fragments",
+    "mma": "fragments",
+    "cusparselt": "cusparselt",
+}
+
+
+def copy_of(kind: str, weight_OI: Tensor, int4: bool = False) -> Copy:
+    """A copy, one of the values of ``COPIES``, of a 2:4 weight; with ``int4`` its values are rounded to 4 bits.
+
+    Raises ShearlingError for a weight that is not 2:4, and in 4 bits where groups of ``GROUP`` do not fill the inputs.
+    """
+    if int4:
+        codes, scales, _ = Grid("int4", GROUP).quantise(weight_OI)
+        rounded = pack24_int4(codes, scales.to(weight_OI.dtype))
+        if kind in ("compact", "fragments"):
+            return rounded if kind == "compact" else fragments_of(rounded)
+        weight_OI = unpack24_int4(rounded, weight_OI.dtype)
+    if kind in ("compact", "fragments"):
+        compact = pack24(weight_OI)
+        return compact if kind == "compact" else fragments_of(compact)
+    # cuSPARSELt itself would drop what is too much
+    pack24(weight_OI)
+    if kind == "cusparselt":
+        return torch._cslt_compress(weight_OI.contiguous())  # pyrefly: ignore[missing-attribute]
+    assert kind == "dense", kind
+    return weight_OI.contiguous()
+
+
+def bytes_of(copy: Copy) -> int:
+    """What a copy holds in memory."""
+    return copy.nbytes if isinstance(copy, Tensor) else copy.bytes
+
+
+def branch_of(down_RI: Tensor, up_OR: Tensor, kinds: Collection[str], eight_bits: bool = False) -> Branch:
+    """A branch for ways that read those kinds of copies; with ``eight_bits`` S is rounded to 8 bits in all of them."""
+    if "fragments" not in kinds:
+        return Branch(down_RI, up_OR)
+    block = _block_of(down_RI)
+    if not block and (missing := -down_RI.shape[0] % 8):
+        down_RI, up_OR = F.pad(down_RI, (0, 0, 0, missing)).contiguous(), F.pad(up_OR, (0, missing)).contiguous()
+    return Branch(down_RI, up_OR, up_fragments(up_OR, block=block, eight_bits=eight_bits))
+
+
+def _block_of(down_RI: Tensor) -> int:
+    """So many inputs does every row sum up, one row after another, in blocks that a kernel can take; 0 for others."""
+    rank, inputs = down_RI.shape
+    block = inputs // rank
+    if block * rank != inputs or block % 8 or block > 64:
+        return 0
+    sums = torch.eye(rank, dtype=down_RI.dtype, device=down_RI.device).repeat_interleave(block, 1)
+    return block if torch.equal(sums, down_RI) else 0
+
+
+def paths(
+    outputs: int,
+    inputs: int,
+    tokens: int,
+    like: Tensor,
+    int4: bool = False,
+    names: Collection[str] | None = None,
+) -> tuple[Path, ...]:
+    """What can multiply ``tokens`` inputs of the type and device of ``like`` by such a weight; dense comes first.
+
+    ``names`` are the ways to look for, all where None.
+    """
+    found = [Path("dense"), Path("decompress")]
+    bfloat16, wanted = like.dtype == torch.bfloat16, set(COPIES if names is None else names)
+    if "cusparselt" in wanted and _takes_cusparselt(outputs, inputs, like) and not int4:
+        found += [Path("cusparselt", (number,)) for number in _algorithms(outputs, inputs, tokens, like)]
+    if wanted & {"lanes", "tiles"} and bfloat16 and triton_usable(like) and not (int4 and inputs % GROUP):
+        from shearling.kernels.decode24 import TOKENS, candidates
+
+        if tokens <= TOKENS:
+            found += [Path(candidate.kind, tuple(candidate[1:])) for candidate in candidates(tokens)]
+    if wanted & {"mma", "unpack"} and bfloat16 and not inputs % (GROUP if int4 else 8) and not obstacle(like.device):
+        found.append(Path("unpack"))
+        if tokens <= FRAGMENT_TOKENS:
+            found += [Path("mma", tuple(config)) for config in configs(outputs, inputs, tokens, int4)]
+    return tuple(path for path in found if path.name in wanted)
+
+
+def _takes_cusparselt(outputs: int, inputs: int, like: Tensor) -> bool:
+    return like.is_cuda and outputs % CUSPARSELT_SIDE == inputs % CUSPARSELT_SIDE == 0
+
+
+def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[int, ...]:
+    """The algorithm that cuSPARSELt's own search prefers, and its default; none where it cannot be used."""
+    weight_OI = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
+    x_MI = torch.zeros(_padded(tokens), inputs, dtype=like.dtype, device=like.device)
+    try:
+        packed = torch._cslt_compress(weight_OI)  # pyrefly: ignore[missing-attribute]
+        # pyrefly: ignore[missing-attribute]
+        found = torch._cslt_sparse_mm_search(packed, x_MI.T, transpose_result=True)
+    except RuntimeError:
+        # not in this build of torch, or not on this device
+        return ()
+    return tuple(dict.fromkeys((0, int(found))))
+
+
+def product(
+    path: Path, x_MI: Tensor, copy: Copy, workspace: Tensor | None = None, branch: Branch | None = None
+) -> Tensor:
+    """``x W^T`` [M, O], and what the branch adds. ``workspace`` is decode24's, which lanes and tiles need."""
+    if path.name == "mma":
+        assert isinstance(copy, Fragments)
+        up = None if branch is None else branch.fragments
+        assert up is not None or branch is None, "made for other copies"
+        # pyrefly: ignore[missing-attribute]
+        given = F.linear(x_MI, branch.down) if up is not None and not up.block else None
+        return product24(x_MI, copy, Config(*path.option), up, given)  # pyrefly: ignore[bad-argument-type]
+    if path.name in ("lanes", "tiles"):
+        from shearling.kernels.decode24 import Candidate, decode24
+
+        assert isinstance(copy, Compact24 | Compact24Int4) and workspace is not None
+        inner = None if branch is None else (F.linear(x_MI, branch.down), branch.up)
+        return decode24(x_MI, copy, Candidate(path.name, *path.option), workspace, inner)  # pyrefly: ignore
+    if path.name == "cusparselt":
+        assert isinstance(copy, Tensor)
+        y_MO = _cusparselt(x_MI, copy, int(path.option[0]))
+    else:
+        y_MO = F.linear(x_MI, copy if isinstance(copy, Tensor) else decompressed(copy, x_MI.dtype))
+    if branch is not None:
+        y_MO = y_MO.addmm_(F.linear(x_MI, branch.down), branch.up.T)
+    return y_MO
+
+
+def decompressed(copy: Compact24 | Compact24Int4 | Fragments, dtype: torch.dtype) -> Tensor:
+    """The dense weight [O, I] of a compact one."""
+    if isinstance(copy, Fragments):
+        return dense24(copy)
+    if triton_usable(copy.positions) and dtype == torch.bfloat16:
+        from shearling.kernels.decode24 import expand24
+
+        return expand24(copy)
+    return unpack24(copy) if isinstance(copy, Compact24) else unpack24_int4(copy, dtype)
+
+
+def _cusparselt(x_MI: Tensor, packed: Tensor, algorithm: int) -> Tensor:
+    tokens = x_MI.shape[0]
+    if missing := _padded(tokens) - tokens:
+        x_MI = F.pad(x_MI, (0, 0, 0, missing))
+    # pyrefly: ignore[missing-attribute]
+    return torch._cslt_sparse_mm(packed, x_MI.T, transpose_result=True, alg_id=algorithm)[:tokens]
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // CUSPARSELT_TOKENS) * CUSPARSELT_TOKENS

@@ -1,0 +1,202 @@
+"""Which way is the fastest: measured once for a shape, a type and a number of tokens, and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shearling.errors import ShearlingError
+from shearling.kernels.product24 import Fragments, compile_all, configs
+from shearling.models import cache_folder
+from shearling.plan import write_whole
+from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
+from shearling.runtime.timing import Timing, rounds, timed
+
+#: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
+#: raised when ways or the meaning of their options change
+_VERSION = 1
+
+
+class Key(NamedTuple):
+    """What a way is measured for: a product with a weight [outputs, inputs] of a type, or of 4 bits in that type."""
+
+    outputs: int
+    inputs: int
+    dtype: str
+    int4: bool
+    tokens: int
+
+
+@dataclass
+class Table:
+    """Measured times of ways, ``times[key][path]``, on one device and version of torch."""
+
+    device: str
+    torch: str
+    times: dict[Key, dict[Path, Timing]] = field(default_factory=dict)
+
+    def best(self, key: Key, copies: Iterable[str] | None = None) -> Path:
+        """The fastest of the ways that read one of ``copies`` (all where None), dense among equals.
+
+        Raises ShearlingError where the shape has not been measured, for any number of tokens or by any of those ways.
+        """
+        return self.fastest(key, copies)[0]
+
+    def fastest(self, key: Key, copies: Iterable[str] | None = None) -> tuple[Path, Timing]:
+        """The way of ``best`` and its time."""
+        measured = sorted(k.tokens for k in self.times if k._replace(tokens=0) == key._replace(tokens=0))
+        if not measured:
+            raise ShearlingError(f"{self.device}: {key} is not in the table; measure it with measure_table first")
+        bucket = next((tokens for tokens in measured if tokens >= key.tokens), measured[-1])
+        wanted = set(COPIES.values() if copies is None else copies)
+        found = [pair for pair in self.times[key._replace(tokens=bucket)].items() if COPIES[pair[0].name] in wanted]
+        if not found:
+            raise ShearlingError(f"{self.device}: {key} has no way that reads {' or '.join(sorted(wanted))}")
+        return min(found, key=lambda pair: pair[1].seconds)
+
+    def save(self, file: File | str) -> None:
+        """Write it as JSON, whole; ShearlingError where that cannot be done."""
+        rows = [
+            [*key, path.name, list(path.option), list(timing)]
+            for key, times in self.times.items()
+            for path, timing in times.items()
+        ]
+        content = {"version": _VERSION, "device": self.device, "torch": self.torch, "rows": rows}
+        write_whole(File(file), json.dumps(content))
+
+    @classmethod
+    def load(cls, file: File | str) -> Table:
+        """Read it back; ShearlingError for a file that is none, or of another version."""
+        try:
+            content = json.loads(File(file).read_text())
+            if content["version"] != _VERSION:
+                raise ShearlingError(f"{file}: is a table of another version; remove it, and it is measured again")
+            table = cls(content["device"], content["torch"])
+            for *key, name, option, timing in content["rows"]:
+                table.times.setdefault(Key(*key), {})[Path(name, tuple(option))] = Timing(*timing)
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ShearlingError(f"{file}: is no table of measured times ({error}); remove it") from error
+        return table
+
+
+def table_file(device: torch.device | str) -> File:
+    """Where the table of a device and this version of torch is kept."""
+    name = f"{_device_name(torch.device(device))}-{torch.__version__}"
+    return cache_folder() / "runtime" / ("".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".json")
+
+
+def cached_table(device: torch.device | str) -> Table:
+    """The table kept for a device, or an empty one; one of another version is measured anew."""
+    file = table_file(device)
+    if file.exists():
+        try:
+            return Table.load(file)
+        except ShearlingError:
+            pass
+    return Table(_device_name(torch.device(device)), torch.__version__)
+
+
+def measure_table(
+    shapes: Iterable[tuple[int, int]],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    int4: bool = False,
+    tokens: Sequence[int] = TOKENS,
+    table: Table | None = None,
+    replays: int = 20,
+    every: bool = False,
+    ways: Collection[str] | None = None,
+) -> Table:
+    """Time all ways for weights [outputs, inputs] of those shapes, on random values that no cache holds.
+
+    ``table`` gains what it lacks, or with ``every`` all of it; ``ways`` names those to time beside dense, and others
+    keep their times. Where ``table`` is None the one on disk does, and is written back.
+    Raises ShearlingError where a shape cannot be 2:4, or cannot be of 4 bits.
+    """
+    kept = table is None
+    table = cached_table(device) if table is None else table
+    for outputs, inputs in dict.fromkeys(shapes):
+        keys = [Key(outputs, inputs, str(dtype).removeprefix("torch."), int4, count) for count in tokens]
+        missing = [key for key in keys if every or key not in table.times]
+        if missing:
+            weight_OI = random_24(outputs, inputs, dtype, device)
+            for key in missing:
+                table.times.setdefault(key, {}).update(_measure(key, weight_OI, replays, ways))
+    if kept:
+        table.save(table_file(device))
+    return table
+
+
+def random_24(outputs: int, inputs: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A random 2:4 weight; ShearlingError where groups of four do not fill the inputs."""
+    if inputs % 4:
+        raise ShearlingError(f"shape {outputs} x {inputs}: inputs must be a multiple of 4 to be 2:4")
+    generator = torch.Generator(device).manual_seed(0)
+    weight_OG4 = torch.randn(outputs, inputs // 4, 4, generator=generator, device=device) / inputs**0.5
+    least_OG2 = weight_OG4.abs().topk(2, largest=False).indices
+    return weight_OG4.scatter_(2, least_OG2, 0.0).flatten(1).to(dtype)
+
+
+def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | None) -> dict[Path, Timing]:
+    found: dict[Path, Timing] = {}
+    copies: dict[str, list[Copy]] = {}
+    x_MI = torch.randn(key.tokens, key.inputs, device=weight_OI.device).to(weight_OI.dtype)
+    workspace = workspace_for(key.outputs, weight_OI)
+    wanted = None if ways is None else {"dense", *ways}
+    for path in paths(key.outputs, key.inputs, key.tokens, weight_OI, key.int4, wanted):
+        kind = COPIES[path.name]
+        if kind not in copies:
+            copies[kind] = several(copy_of(kind, weight_OI, key.int4))
+            if kind == "fragments":
+                compile_ahead(key, copies[kind][0])
+        steps = [partial(product, path, x_MI, copy, workspace) for copy in copies[kind]]
+        found[path] = timed(steps, weight_OI.device, replays)
+    return found
+
+
+def compile_ahead(key: Key, copy: Copy) -> None:
+    """Compile what the ways on fragments need at once, which takes a fraction of one after another."""
+    assert isinstance(copy, Fragments)
+    found = configs(key.outputs, key.inputs, key.tokens, key.int4)
+    compile_all(copy, [(config, key.tokens, None) for config in found])
+
+
+def several(copy: Copy) -> list[Copy]:
+    """As many copies of a copy as leave nothing of it in a cache; on a CPU one."""
+    like = copy if isinstance(copy, Tensor) else copy[0]
+    if like.device.type == "cpu":
+        return [copy]
+    return [copy, *(duplicate(copy) for _ in range(rounds(bytes_of(copy)) - 1))]
+
+
+def duplicate(copy: Copy) -> Copy:
+    """The same weight in other memory."""
+    if isinstance(copy, Tensor):
+        return copy.clone()
+    parts: Any = [part.clone() if isinstance(part, Tensor) else part for part in copy]
+    return type(copy)(*parts)
+
+
+def workspace_for(outputs: int, like: Tensor) -> Tensor | None:
+    """What decode24 needs beside a weight, where its kernels can run."""
+    from shearling.kernels import triton_usable
+
+    if not triton_usable(like):
+        return None
+    from shearling.kernels.decode24 import workspace_of
+
+    return workspace_of(outputs, like.device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}-{platform.machine()}"

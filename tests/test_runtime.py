@@ -1,0 +1,184 @@
+"""The 2:4 runtime on a CPU: every way gives the dense product, and a model computes what it did."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from shearling.errors import ShearlingError
+from shearling.export import save_model
+from shearling.export.compact import block_weights
+from shearling.kernels.compact24 import pack24, unpack24_int4
+from shearling.plan import Adapters
+from shearling.runtime import (
+    COPIES,
+    Key,
+    Path,
+    Route,
+    RoutedLinear,
+    Table,
+    Timing,
+    accelerate_,
+    cached_table,
+    copy_of,
+    measure_table,
+    product,
+    random_24,
+    table_file,
+)
+from shearling.surgery import attach_adapters_
+from tests.tiny import FAMILIES, tiny_model, tiny_tokens
+
+
+def sparse_model(family="llama", **overrides):
+    model = tiny_model(family, **overrides)
+    with torch.no_grad():
+        for weight in block_weights(model).values():
+            weight.copy_(random_24(*weight.shape, torch.float32, "cpu") * 3)
+    return model
+
+
+def table_of(model, seconds, int4=False, tokens=(1, 8)):
+    """A table that says of every shape of a model how long ways take, by their names."""
+    table = Table("cpu", torch.__version__)
+    for weight in block_weights(model).values():
+        for count in tokens:
+            key = Key(*weight.shape, "float32", int4, count)
+            table.times[key] = {Path(name): Timing(s, s, s) for name, s in seconds[count].items()}
+    return table
+
+
+DENSE_FIRST = {1: {"dense": 1.0, "decompress": 2.0}, 8: {"dense": 1.0, "decompress": 2.0}}
+COMPACT_FIRST = {1: {"dense": 4.0, "decompress": 1.0}, 8: {"dense": 1.0, "decompress": 2.0}}
+
+
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("name", ["dense", "decompress"])
+def test_ways_give_the_dense_product(name, int4):
+    weight = random_24(12, 256, torch.float32, "cpu")
+    x = torch.randn(5, 256)
+    exact = unpack24_int4(copy_of("compact", weight, True)) if int4 else weight
+    found = product(Path(name), x, copy_of(COPIES[name], weight, int4))
+    torch.testing.assert_close(found, x @ exact.T)
+
+
+@pytest.mark.parametrize("kind", ["dense", "compact", "cusparselt"])
+def test_no_copy_of_what_is_not_24(kind):
+    with pytest.raises(ShearlingError, match="is not 2:4"):
+        copy_of(kind, torch.ones(16, 16))
+
+
+@pytest.mark.parametrize("seconds", [DENSE_FIRST, COMPACT_FIRST])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_accelerated_model_computes_what_it_did(family, seconds):
+    model, ids = sparse_model(family), tiny_tokens()
+    before, table = model(ids).logits, table_of(model, seconds)
+    weights = block_weights(model)
+    done = accelerate_(model, table, tokens=(1, 8))
+    assert done.routes.keys() == weights.keys() and not done.left
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids[:1, :1]).logits, before[:1, :1], rtol=1e-4, atol=1e-4)
+    dense = sum(weight.nbytes for weight in weights.values())
+    compact = sum(pack24(weight).bytes for weight in weights.values())
+    assert (done.dense_bytes, done.bytes) == (dense, dense if seconds is DENSE_FIRST else compact)
+
+
+def test_one_copy_or_the_fastest_ways():
+    one, both = sparse_model(), sparse_model()
+    table = table_of(one, COMPACT_FIRST)
+    (routes,) = set(accelerate_(one, table, tokens=(1, 8)).routes.values())
+    # 4 times as slow at one number of tokens weighs more than twice at the other
+    assert routes == (Route(8, Path("decompress")),)
+    done = accelerate_(both, table, tokens=(1, 8), copies="fastest")
+    assert set(done.routes.values()) == {(Route(1, Path("decompress")), Route(8, Path("dense")))}
+    weights = block_weights(sparse_model()).values()
+    assert done.bytes == sum(weight.nbytes + pack24(weight).bytes for weight in weights)
+    linear = next(m for m in both.modules() if isinstance(m, RoutedLinear))
+    assert [linear.path(count).name for count in (1, 2, 8, 9)] == ["decompress", "dense", "dense", "dense"]
+
+
+@torch.no_grad()
+def test_branches_go_along():
+    model, ids = sparse_model(), tiny_tokens()
+    name = next(iter(block_weights(model)))
+    outputs, inputs = model.get_submodule(name).weight.shape
+    adapters = Adapters({name: torch.randn(3, inputs)}, {name: torch.randn(outputs, 3)}, {name: 0.1})
+    attach_adapters_(model, adapters)
+    before = model(ids).logits
+    plain = sparse_model()(ids).logits
+    accelerate_(model, table_of(sparse_model(), COMPACT_FIRST), tokens=(1, 8))
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, before, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_four_bits_are_those_of_the_grid():
+    model = sparse_model(hidden_size=128, intermediate_size=256, head_dim=32)
+    rounded, ids = copy.deepcopy(model), tiny_tokens()
+    for weight in block_weights(rounded).values():
+        weight.copy_(unpack24_int4(copy_of("compact", weight, True)))
+    accelerate_(model, table_of(model, COMPACT_FIRST, int4=True), int4=True, tokens=(1, 8))
+    torch.testing.assert_close(model(ids).logits, rounded(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_accelerated_is_refused():
+    dense = tiny_model("llama")
+    with pytest.raises(ShearlingError, match="none of the model's block linears is 2:4"):
+        accelerate_(dense, Table("cpu", "0"))
+    model = sparse_model()
+    with pytest.raises(ShearlingError, match="32 inputs are no multiple of 128"):
+        accelerate_(model, Table("cpu", "0"), int4=True)
+    with pytest.raises(ShearlingError, match="is not in the table"):
+        accelerate_(model, Table("cpu", "0"))
+    assert not any(isinstance(m, RoutedLinear) for m in model.modules())
+
+
+def test_linears_that_are_not_24_are_left():
+    model = sparse_model()
+    name = next(iter(block_weights(model)))
+    with torch.no_grad():
+        model.get_submodule(name).weight.fill_(1)
+    done = accelerate_(model, table_of(model, DENSE_FIRST), tokens=(1, 8))
+    assert done.left == (name,) and name not in done.routes
+
+
+def test_an_accelerated_model_is_not_saved(tmp_path):
+    model = sparse_model()
+    accelerate_(model, table_of(model, DENSE_FIRST), tokens=(1, 8))
+    with pytest.raises(ShearlingError, match="save the model before"):
+        save_model(model, None, tmp_path / "m", provenance={})
+    assert not (tmp_path / "m").exists()
+
+
+def test_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHEARLING_CACHE", str(tmp_path))
+    table = measure_table([(8, 16)], device="cpu", dtype=torch.float32, tokens=(1, 4), replays=2)
+    key = Key(8, 16, "float32", False, 4)
+    assert {path.name for path in table.times[key]} == {"dense", "decompress"}
+    assert all(timing.low <= timing.seconds <= timing.high for timing in table.times[key].values())
+    assert cached_table("cpu") == table
+    # a measured shape stays as it is, another is added
+    more = measure_table([(8, 16), (4, 16)], device="cpu", dtype=torch.float32, tokens=(1, 4), replays=2)
+    assert more.times[key] == table.times[key] and len(more.times) == 4
+    table_file("cpu").write_text("[]")
+    with pytest.raises(ShearlingError, match="is no table"):
+        Table.load(table_file("cpu"))
+    assert not cached_table("cpu").times
+
+
+def test_between_measured_numbers_the_larger_counts():
+    table = Table("cpu", "0")
+    for tokens, name in ((1, "dense"), (8, "decompress"), (64, "dense")):
+        table.times[Key(4, 8, "float32", False, tokens)] = {Path(name): Timing(1.0, 1.0, 1.0)}
+    assert [table.best(Key(4, 8, "float32", False, n)).name for n in (1, 2, 8, 9, 1000)] == [
+        "dense",
+        "decompress",
+        "decompress",
+        "dense",
+        "dense",
+    ]
+    with pytest.raises(ShearlingError, match="has no way that reads compact"):
+        table.best(Key(4, 8, "float32", False, 1), ["compact"])
