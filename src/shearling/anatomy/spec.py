@@ -94,6 +94,10 @@ class Family:
     #: config values under which this anatomy does not hold: field -> (the value it needs, why)
     requires: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
+    #: what llama.cpp calls this architecture, and the one of its own that holds such blocks with widths of their own
+    gguf: str | None = None
+    gguf_per_layer: str | None = None
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Names of all linears inside a block, in the order in which a token meets them."""

@@ -4,6 +4,7 @@ from shearling.export.adapters import load_adapters, save_adapters
 from shearling.export.classes import per_layer_classes, register
 from shearling.export.compact import COMPACT, block_weights, load_compact, load_sidecar_, save_compact, save_sidecar
 from shearling.export.compressed import check_storable
+from shearling.export.formats import export_deci, export_gguf, export_onnx
 from shearling.export.huggingface import ADAPTER, save_model
 
 __all__ = [
@@ -11,6 +12,9 @@ __all__ = [
     "COMPACT",
     "block_weights",
     "check_storable",
+    "export_deci",
+    "export_gguf",
+    "export_onnx",
     "load_adapters",
     "load_compact",
     "load_sidecar_",

@@ -5,6 +5,7 @@ from shearling.anatomy.spec import Family
 
 FAMILY = Family(
     model_type="gemma2",
+    gguf="gemma2",
     per_layer=("layer_types",),
     norm_one_plus=True,
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),

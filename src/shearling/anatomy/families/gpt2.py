@@ -6,6 +6,7 @@ _NORMS = ("ln_1", "ln_2")
 
 FAMILY = Family(
     model_type="gpt2",
+    gguf="gpt2",
     blocks="transformer.h",
     block={
         "attn.c_attn.weight": "hidden, query+kv+kv",

@@ -5,6 +5,7 @@ from shearling.anatomy.spec import Family
 
 FAMILY = Family(
     model_type="phi3",
+    gguf="phi3",
     reads_config=("self_attn",),
     **{
         **LLAMA_LIKE,
