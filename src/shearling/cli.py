@@ -61,6 +61,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
+    from shearling.export import plan_record
     from shearling.methods.stages import in_shape, preview_recipe, proposed
     from shearling.models import empty_model
     from shearling.run import measured_costs
@@ -69,12 +70,14 @@ def plan(
         costs = measured_costs(loaded, narrator)
     model = empty_model(loaded.model, loaded.dtype)
     planned = preview_recipe(in_shape(loaded, costs), model, processes)
+    record = plan_record(planned, model.config)
     if as_json:
-        typer.echo(json.dumps(planned.to_json(), indent=2))
+        typer.echo(json.dumps(record, indent=2))
     else:
-        from shearling.console import plan_table, shapes_table
+        from shearling.console import engines_table, plan_table, shapes_table
 
         _print(plan_table(planned.rows(), f"{loaded.model}, {planned.method}"))
+        _print(engines_table(record["engines"]))
         found = proposed(loaded, model, costs)
         if found:
             stage: Any = loaded.first
@@ -282,6 +285,26 @@ def evaluate(
         return
     for name, value in found.items():
         typer.echo(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value}")
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option("--to", help="gguf, deci (widths per layer, for vLLM) or onnx")],
+    out: Annotated[Path, typer.Option(help="new file for gguf, else new folder")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help="of a GGUF file: f16, bf16, q8_0, q4_0, q4_1, q4_k_m and others")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="let another program read it back, and compare logits")] = True,
+) -> None:
+    """Write a model in a format that other engines load."""
+    with _working("nothing was written"):
+        from shearling.run import export as carry_out
+
+        made = carry_out(model, out, to=to, kind=kind, check=verify)
+    from shearling.export import describe
+
+    typer.echo("\n".join([*describe(made), str(out)]))
 
 
 @app.command()

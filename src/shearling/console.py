@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,6 +95,16 @@ def plan_table(rows: list[tuple[str, str, str, str]], title: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def engines_table(engines: Sequence[Mapping[str, Any]]) -> Table:
+    """Engines, one a row, as ``plan.json`` has them."""
+    table = Table(title="engines for the result in the folder MODEL", show_lines=True)
+    for heading in ("engine", "loads", "faster by", "command, or why not"):
+        table.add_column(heading, overflow="fold")
+    for row in engines:
+        table.add_row(row["engine"], "yes" if row["loads"] else "no", row["faster"], row["how"])
     return table
 
 

@@ -320,7 +320,7 @@ class ASTPolicy(Policy):
 
     def _factors(self, name: str, missing_OI: Tensor, slorb: SLoRB) -> tuple[Tensor, Tensor]:
         """What a branch starts from."""
-        rank = missing_OI.shape[1] // slorb.size
+        rank = slorb.rank(missing_OI.shape[1])
         match slorb.start:
             case "block-mean":
                 return block_mean(missing_OI, slorb.size)
@@ -401,7 +401,7 @@ def _branches(linears: Iterable[EffectiveLinear]) -> list[LowRankBranch]:
 
 
 def _check_slorb(path: str, slorb: SLoRB, outputs: int, inputs: int) -> None:
-    rank = inputs // slorb.size
+    rank = slorb.rank(inputs)
     if inputs % slorb.size or not 1 <= rank <= min(outputs, inputs):
         raise ShearlingError(
             f"{path}: slorb.size = {slorb.size} must divide its {inputs} inputs and give a rank of 1 to "
