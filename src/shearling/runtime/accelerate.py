@@ -53,7 +53,7 @@ def accelerate_(
     Raises ShearlingError, before anything changes, where no linear of the blocks is 2:4, and with ``int4`` where groups
     do not fill the inputs of one.
     """
-    found = {name: weight for name, weight in _weights(model).items() if is_24(weight)}
+    found = linears_24(model)
     if not found:
         raise ShearlingError("accelerate: none of the model's block linears is 2:4; prune it to 2:4 first")
     for name, weight in found.items():
@@ -93,6 +93,12 @@ def accelerate_(
         model.set_submodule(name, new)
         held += new.bytes
     return Accelerated({name: routes[w.shape[0], w.shape[1]] for name, w in found.items()}, left, held, dense)
+
+
+@torch.no_grad()
+def linears_24(model: nn.Module) -> dict[str, Tensor]:
+    """Weights [O, I] of the linears in a model's blocks that ``accelerate_`` would replace, by module path."""
+    return {name: weight for name, weight in _weights(model).items() if is_24(weight)}
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
