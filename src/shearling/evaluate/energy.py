@@ -78,6 +78,4 @@ def nvml_counter(device: torch.device) -> EnergyCounter | None:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:
         return None
-    return EnergyCounter(
-        "NVML", lambda: [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3], [math.inf]
-    )
+    return EnergyCounter("NVML", lambda: [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3], [math.inf])

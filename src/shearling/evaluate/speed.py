@@ -109,7 +109,7 @@ def captured_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[C
 
 
 def static_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Callable[[], None], Tensor, StaticCache]:
-    """Greedy steps after a prompt over a cache with room for ``calls``; the tokens [B, 1] that each renews; the cache."""
+    """Greedy steps after a prompt, the tokens [B, 1] that each renews, and their cache with room for ``calls``."""
     cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1] + calls)
     ids_B1, _ = greedy_step(model, ids_BT, cache)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ def _step_seconds(step: Callable[[], None], count: int, device: torch.device) ->
                 step()
             mark.record()
         torch.cuda.synchronize(device)
-        return [start.elapsed_time(end) / 1e3 for start, end in zip(marks, marks[1:], strict=False)]
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
     times = []
     for _ in range(count):
         start = now(device)
