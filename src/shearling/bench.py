@@ -27,6 +27,8 @@ from shearling.report.bench import bench_page
 from shearling.run import device_of, load
 from shearling.runtime.accelerate import accelerate_, linears_24
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def bench(
     models: Sequence[str],
@@ -50,6 +52,8 @@ def bench(
     """
     cells = [Cell(batch, context, generate) for batch, context in product(batches, contexts)]
     check_sizes(cells, repeats)
+    if dtype not in DTYPES:
+        raise ShearlingError(f"bench: dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     for name in models:
         _check_model(name)
     target = device_of(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ class LlamaCppEngine:
         check_gguf(file)
         import llama_cpp
 
-        self.name, self.disk_bytes, self.note = str(file), file.stat().st_size, ""
+        self.name, self.disk_bytes = str(file), file.stat().st_size
         self._api: Any = llama_cpp
         self._gpu = device.type == "cuda"
         if self._gpu and not llama_cpp.llama_supports_gpu_offload():
@@ -63,6 +64,10 @@ class LlamaCppEngine:
             raise ShearlingError(f"{file}: llama.cpp cannot load it; convert it with a current version")
         self.weight_bytes = None if self._gpu else held_bytes() - before
         self.parameters = llama_cpp.llama_model_n_params(self._model)
+        told = ctypes.create_string_buffer(256)
+        llama_cpp.llama_model_desc(self._model, told, len(told))
+        # names the types of its weights
+        self.note = told.value.decode(errors="replace")
         self._words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._context: Any = None
 

@@ -39,7 +39,7 @@ class TorchEngine:
         shape = (cell.batch, cell.context)
         self._ids_BT = torch.randint(vocabulary(self.model), shape, generator=torch.Generator().manual_seed(0))
         with evaluating(self.model):
-            self._step, self._rewind = self._steps()
+            self._step, self._rewind, self._last_B1 = self._steps()
 
     def prefill(self) -> Prefill:
         with evaluating(self.model):
@@ -57,15 +57,15 @@ class TorchEngine:
             return _step_seconds(self._step, self._cell.generate, self._device)
 
     def release(self) -> None:
-        for name in ("_step", "_rewind"):
+        for name in ("_step", "_rewind", "_last_B1"):
             self.__dict__.pop(name, None)
 
     @property
     def _device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def _steps(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """One decode step, and what puts the cache and the last tokens back to the end of the prompts."""
+    def _steps(self) -> tuple[Callable[[], None], Callable[[], None], Tensor]:
+        """One decode step, what puts cache and last tokens back to the end of the prompts, and these tokens."""
         ids_BT = self._ids_BT.to(self._device)
         room = _room(self._cell, self._device)
         step, ids_B1, cache = static_step(self.model, ids_BT, room)
@@ -78,7 +78,7 @@ class TorchEngine:
                     step()
             except NotCapturable as error:
                 raise ShearlingError(f"bench: {self.name}: a decode step {error}") from error
-        return step, rewind
+        return step, rewind, ids_B1
 
     def _check_window(self, cache: Any, context: int, room: int) -> None:
         # a graph of steps before a window is full writes beyond it afterwards
