@@ -389,6 +389,21 @@ def test_what_cannot_be_benched(tmp_path: Path, command: Any, monkeypatch: Any) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "file", "gpt2", "model.gguf", "not.gguf"]
 
 
+def test_an_end_amid_the_work_leaves_nothing(tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    def ends(error: BaseException) -> Any:
+        def measure(*args: Any, **kwargs: Any) -> Any:
+            assert [path.name for path in tmp_path.iterdir()].count("out.unfinished") == 1
+            raise error
+
+        monkeypatch.setattr("shearling.bench.measure_cells", measure)
+        return command("bench", tiny_folder(tmp_path / "dense"), "--device", "cpu", "--out", tmp_path / "out")
+
+    refused(ends(torch.OutOfMemoryError("CUDA out of memory")), "do not fit into the memory of cpu together")
+    code, _, err = ends(KeyboardInterrupt())
+    assert code == 130 and "nothing was written" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 class Native:
     """A batch or options: fields that are set; arrays are as long as asked for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 import time
@@ -44,6 +45,12 @@ def held_bytes() -> int:
     """What is held now, of the memory whose peak ``Usage`` tells."""
     cuda = _cuda()
     return psutil.Process().memory_info().rss if cuda is None else cuda.memory_allocated()
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system (glibc; elsewhere nothing), so that what is taken next shows."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _cuda() -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from shearling.errors import ShearlingError
 from shearling.evaluate.energy import EnergyCounter
 from shearling.events import OnEvent
-from shearling.usage import Usage, held_bytes
+from shearling.usage import Usage, held_bytes, return_freed
 
 #: of decoding, over which joules are counted: counters of GPUs move every tenth of a second or so
 ENERGY_SECONDS = 2.0
@@ -183,6 +183,7 @@ class _Run:
         self._engine, self._cell = engine, cell
         self._prefills: list[Prefill] = []
         self._decodes: list[list[float]] = []
+        return_freed()
         before = held_bytes()
         with Usage() as usage:
             _turn(engine, cell)
