@@ -125,7 +125,7 @@ def test_an_error_amid_a_cell_releases_all_models() -> None:
 
 
 def test_peak_memory_is_that_of_a_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``held`` is what all models hold together; each turn adds to it for a while."""
+    """``held`` is what all models hold together; turns that count add to it for a while."""
     held = {"now": 1000, "peak": 0}
     costs = {"a": (100, 30), "b": (200, 50)}
 
@@ -143,7 +143,8 @@ def test_peak_memory_is_that_of_a_model_alone(monkeypatch: pytest.MonkeyPatch) -
             super().prepare(cell)
 
         def decode(self) -> list[float]:
-            held["peak"] = max(held["peak"], held["now"] + costs[self.name][1])
+            counted = sum(what == "decode" for _, what, _ in self.log) >= 2
+            held["peak"] = max(held["peak"], held["now"] + counted * costs[self.name][1])
             return super().decode()
 
         def release(self) -> None:
@@ -224,7 +225,7 @@ class Passes:
 
 
 def test_a_model_reads_prompts_and_continues_them_from_their_end_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama", tie_word_embeddings=False)
     passes = Passes(model)
     monkeypatch.setattr("time.perf_counter", passes)
     engine = engine_of(model)
@@ -243,24 +244,24 @@ def test_a_model_reads_prompts_and_continues_them_from_their_end_each_time(monke
             expected = torch.cat([expected, model(input_ids=expected).logits[:, -1:].argmax(-1)], 1)
     assert expected.shape == (2, 11)
     assert torch.equal(first, expected[:, 8:])
+    assert len(set(first[0].tolist())) > 1, "the model repeats one token; the test would say little"
 
 
-@pytest.mark.parametrize("context", [12, 15, 20])
-def test_steps_start_again_with_a_sliding_window(context: int) -> None:
-    model = tiny_model("gemma2")
-    passes = Passes(model)
+@pytest.mark.parametrize("context", [4, 12, 20])
+def test_steps_start_again_beside_a_sliding_window(context: int) -> None:
+    model = tiny_model("gemma2", tie_word_embeddings=False)
+    logits: list[torch.Tensor] = []
+    model.register_forward_hook(lambda _, args, outputs: logits.append(outputs.logits[:, -1]))
     engine = engine_of(model)
     engine.prepare(Cell(1, context, 3))
     seen = []
     for _ in range(2):
-        del passes.tokens[:]
+        del logits[:]
         engine.decode()
-        seen.append(torch.cat(passes.tokens, 1))
-    assert seen[0].shape == (1, 3)
-    # where a window was full its oldest tokens are gone, so only the first step is the same
-    assert torch.equal(seen[0][:, :1], seen[1][:, :1])
-    if context == 12:
-        assert torch.equal(*seen)
+        seen.append(torch.stack(logits))
+    assert seen[0].shape == (3, 1, VOCAB)
+    # a window that was full has lost its oldest tokens
+    assert torch.equal(*seen) == (context < 16)
 
 
 def test_learned_positions_end() -> None:
