@@ -308,6 +308,46 @@ def export(
 
 
 @app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="as of eval, or a GGUF file; ratios are to the first")],
+    batch: Annotated[list[int], typer.Option(help="rows; may be repeated")] = [1],  # noqa: B006
+    context: Annotated[list[int], typer.Option(help="tokens of a prompt; may be repeated")] = [128, 1024],  # noqa: B006
+    generate: Annotated[int, typer.Option(help="decode steps after a prompt")] = 32,
+    repeats: Annotated[int, typer.Option(help="turns of each model")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    accelerate: Annotated[bool, typer.Option("--accelerate", help="2:4 linears by the fastest way")] = False,
+    out: Annotated[Path | None, typer.Option(help="new folder for bench.json and bench.html")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Speed, latency, memory, size and energy of models side by side, measured in turns."""
+    with _working("nothing was written") as narrator:
+        from shearling.bench import bench as carry_out
+
+        found = carry_out(
+            models,
+            batches=batch,
+            contexts=context,
+            generate=generate,
+            repeats=repeats,
+            device=device,
+            dtype=dtype,
+            accelerate=accelerate,
+            out=out,
+            on_event=narrator,
+        ).to_json()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from shearling.console import bench_tables
+
+    for table in bench_tables(found):
+        _print(table)
+    if out is not None:
+        typer.echo(f"page    {out / 'bench.html'}")
+
+
+@app.command()
 def pack(
     text: Annotated[str, typer.Argument(help="text to tokenise: a file, a folder, a hub data set")],
     model: Annotated[str, typer.Option(help="whose tokenizer")],

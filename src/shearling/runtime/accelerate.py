@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.kernels.compact24 import is_24
+from shearling.kernels.product24 import GROUPS
 from shearling.nn import EffectiveLinear, is_linear
 from shearling.plan import Codes, Quant
 from shearling.runtime.linear import Route, RoutedLinear
@@ -56,7 +57,7 @@ def accelerate_(
     Raises ShearlingError, before anything changes, where no linear of the blocks is 2:4, and with ``int4`` where groups
     are not of a size that there are kernels for, do not fill the inputs of a linear, or a linear has no codes.
     """
-    found = {name: weight for name, weight in _weights(model).items() if is_24(weight)}
+    found = linears_24(model)
     if not found:
         raise ShearlingError("accelerate: none of the model's block linears is 2:4; prune it to 2:4 first")
     group, codes = _in_four_bits(int4)
@@ -100,18 +101,30 @@ def accelerate_(
     return Accelerated({name: routes[w.shape[0], w.shape[1]] for name, w in found.items()}, left, held, dense)
 
 
+def takes_codes(quant: Quant) -> bool:
+    """Whether there are kernels for those codes: int4, without zero points, in groups of a size that they know."""
+    return quant.bits == 4 and quant.group in GROUPS and all(c.dtype == torch.int8 for c in quant.codes.values())
+
+
 def _in_four_bits(int4: int | Quant | None) -> tuple[int, dict[str, Codes] | None]:
     """How many inputs share a scale, 0 for values as they are, and the codes of linears where they are given."""
     if int4 is None or isinstance(int4, int):
         return int4 or 0, None
-    if int4.bits != 4 or int4.group is None or any(codes.dtype != torch.int8 for codes in int4.codes.values()):
+    if not takes_codes(int4):
         raise ShearlingError(
-            "accelerate: codes must be int4 in groups, as quantise.format = int4 with a group makes them"
+            f"accelerate: codes must be int4 in groups of {', '.join(map(str, GROUPS))}, as a quantise stage makes them"
         )
+    assert int4.group is not None
     codes = {
         name.removesuffix(".weight"): Codes(of, int4.scales[name], int4.zeros[name]) for name, of in int4.codes.items()
     }
     return int4.group, codes
+
+
+@torch.no_grad()
+def linears_24(model: nn.Module) -> dict[str, Tensor]:
+    """Weights [O, I] of the linears in a model's blocks that ``accelerate_`` would replace, by module path."""
+    return {name: weight for name, weight in _weights(model).items() if is_24(weight)}
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
