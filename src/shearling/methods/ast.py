@@ -144,8 +144,11 @@ class AnnealedAdamW(torch.optim.Optimizer):
     def _step_by_muon(self, parameters: Sequence[nn.Parameter]) -> None:
         """Along the orthogonalised momentum, a step ahead (Nesterov's)."""
         share, rate = self.strength.betas[0], self.strength.rate
-        momenta = (torch.lerp(p.grad, self.state[p]["exp_avg"], share) for p in parameters)
-        whole = [m.full_tensor() if isinstance(m, DTensor) else m for m in momenta]
+        whole = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            momentum = torch.lerp(parameter.grad, self.state[parameter]["exp_avg"], share)
+            whole.append(momentum.full_tensor() if isinstance(momentum, DTensor) else momentum)
         for parameter, step in zip(parameters, orthogonal_steps(whole), strict=True):
             _local(parameter).sub_(_part(step, parameter), alpha=rate)
 
