@@ -371,7 +371,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, command: Any, 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shearling.run.plan_stage", interrupted)
+    monkeypatch.setattr("shearling.commands.plan_stage", interrupted)
     code, _, err = command("run", make_recipe(tmp_path), "--out", tmp_path / "out")
     assert code == 130
     assert "--resume" in err

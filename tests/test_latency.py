@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import shearling.commands as commands
 import shearling.run as running
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
@@ -180,7 +181,7 @@ def formal(monkeypatch: Any, tmp_path: Path) -> Any:
     monkeypatch.setenv("SHEARLING_CACHE", str(tmp_path / "cache"))
 
     def with_clock(clock: Clock) -> None:
-        monkeypatch.setattr(running, "measure_latency", functools.partial(measure_latency, timer=clock))
+        monkeypatch.setattr(commands, "measure_latency", functools.partial(measure_latency, timer=clock))
 
     with_clock(Clock())
     return with_clock

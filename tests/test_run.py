@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shearling
+from shearling.commands import cut
 from shearling.data import corpus_tokens, pack
 from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
@@ -26,7 +27,7 @@ from shearling.methods.corpora import separator_of
 from shearling.models import load_model, load_tokenizer
 from shearling.plan import Structure, load_edits
 from shearling.recipe import LoRA, Recipe, load_recipe, parse_recipe
-from shearling.run import Interrupted, cut, run
+from shearling.run import Interrupted, run
 from shearling.train import LayerwiseDistillation
 from tests.tiny import tiny_folder, tiny_tokenizer, tiny_tokens
 
@@ -576,7 +577,8 @@ DRIVER = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     from shearling.recipe import load_recipe
-    from shearling.run import cut, run
+    from shearling.commands import cut
+    from shearling.run import run
 
     stage, key, count, number = sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
 

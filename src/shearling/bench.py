@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shearling.card import versions
+from shearling.commands import device_of, load
 from shearling.errors import ShearlingError, unwritable
 from shearling.evaluate.bench import Bench, Cell, Engine, Subject, check_sizes, measure_cells
 from shearling.evaluate.energy import energy_counter
@@ -25,7 +26,6 @@ from shearling.export.compressed import load_codes
 from shearling.models import load_config, resolve
 from shearling.plan import Quant, write_whole
 from shearling.report.bench import bench_page
-from shearling.run import device_of, load
 from shearling.runtime.accelerate import accelerate_, linears_24, takes_codes
 
 DTYPES = ("float32", "bfloat16", "float16")

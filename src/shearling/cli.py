@@ -61,10 +61,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
+    from shearling.commands import measured_costs
     from shearling.export import plan_record
     from shearling.methods.stages import in_shape, preview_recipe, proposed
     from shearling.models import empty_model
-    from shearling.run import measured_costs
 
     with _working("what was measured is kept") as narrator:
         costs = measured_costs(loaded, narrator)
@@ -106,7 +106,7 @@ def shapes(
     title, costs = f"{model}, {budget.amount:g} {budget.of.replace('_', ' ')}", None
     if budget.latency is not None:
         with _working("what was measured is kept") as narrator:
-            from shearling.run import latency_of
+            from shearling.commands import latency_of
 
             measured = latency_of(model, budget, device, dtype, narrator)
         costs = measured.costs()
@@ -183,7 +183,7 @@ def cut(
     }
     recipe = parse_recipe(content, "cut")
     with _working("nothing was written") as narrator:
-        from shearling.run import cut as carry_out
+        from shearling.commands import cut as carry_out
 
         made = carry_out(recipe, out, on_event=narrator)
     from shearling.console import plan_table
@@ -275,7 +275,7 @@ def evaluate(
     }
     wanted = parse_recipe(wish, "eval", Evaluation)
     with _working("nothing was written") as narrator:
-        from shearling.run import evaluate_model, load
+        from shearling.commands import evaluate_model, load
 
         loaded, tokenizer = load(model, device, dtype)
         other = None if reference is None else load(reference, device, dtype)[0]
@@ -299,7 +299,7 @@ def export(
 ) -> None:
     """Write a model in a format that other engines load."""
     with _working("nothing was written"):
-        from shearling.run import export as carry_out
+        from shearling.commands import export as carry_out
 
         made = carry_out(model, out, to=to, kind=kind, check=verify)
     from shearling.export import describe

@@ -4,54 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shearling.anatomy import anatomy_of, is_branch
 from shearling.card import model_card, provenance, versions
-from shearling.data import corpus_tokens, read_references, windows
+from shearling.commands import calibration_windows, device_of, evaluate_model, load, measured_costs, outcome_of
+from shearling.data import read_references
 from shearling.errors import ShearlingError
-from shearling.evaluate import (
-    Latency,
-    Workload,
-    divergence,
-    evaluate_tasks,
-    generate_samples,
-    measure_latency,
-    perplexity,
-)
 from shearling.events import OnEvent
-from shearling.export import (
-    GGUF_TYPE,
-    check_format,
-    check_storable,
-    export_deci,
-    export_gguf,
-    export_onnx,
-    plan_record,
-    save_model,
-)
+from shearling.export import check_storable, plan_record, save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
-from shearling.methods.corpora import (
-    dynamic_loading,
-    separator_of,
-    training_windows,
-    validation_windows,
-)
+from shearling.methods.corpora import dynamic_loading, separator_of, training_windows, validation_windows
 from shearling.methods.quantise import plan_quantised
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
-from shearling.methods.stages import as_saved, budget_of, in_shape, plan_stage, preview_recipe, with_target
+from shearling.methods.stages import as_saved, budget_of, in_shape, preview_recipe, with_target
 from shearling.methods.teaching import check_teacher, teaching
-from shearling.models import check_finite, empty_model, load_config, load_model, load_tokenizer, resolve
+from shearling.models import empty_model, resolve
 from shearling.plan import (
     Adapters,
-    Cost,
     Delta,
     Edit,
     Grid,
@@ -59,12 +34,10 @@ from shearling.plan import (
     Plan,
     Quant,
     Structure,
-    Width,
     inventory_of,
     load_edits,
     plan_of,
     save_edits,
-    sizes,
 )
 from shearling.recipe import (
     AST,
@@ -73,7 +46,6 @@ from shearling.recipe import (
     UNSTRUCTURED,
     Budget,
     Denoise,
-    Evaluation,
     PruneStage,
     Quantise,
     Recipe,
@@ -87,8 +59,6 @@ from shearling.surgery import attach_adapters_, cut_
 from shearling.tracking import Tracker, check_tracker
 from shearling.train import TrainResult, World, join, train
 from shearling.usage import Usage
-
-NEW_TOKENS = 48
 
 
 class Interrupted(KeyboardInterrupt):
@@ -133,63 +103,6 @@ def run(recipe: Recipe, out: Path | str, *, resume: bool = False, on_event: OnEv
     return world.agree(None)
 
 
-def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
-    """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
-    recipe = in_shape(recipe, measured_costs(recipe, on_event))
-    if recipe.first is None or isinstance(recipe.first, Shear):
-        stage = recipe.stages[0].stage
-        raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
-    if out.exists():
-        raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
-    home = "cpu" if recipe.calibration.stream else recipe.device
-    model, tokenizer = load(recipe.model, home, recipe.dtype)
-    outcome = _outcome(recipe, recipe.first, model, tokenizer, None, on_event)
-    cut_(model, outcome.edits)
-    made = provenance(recipe, plan_record(outcome.plan, model.config))
-    save_model(model, tokenizer, out, provenance=made, card=model_card(recipe, outcome.plan, {}))
-    return outcome.plan
-
-
-def export(name: str, out: Path, *, to: str, kind: str | None = None, check: bool = True) -> dict[str, Any]:
-    """Write a named model in another format (``export.FORMATS``); returns what its ``shearling.json`` says of it.
-
-    ``kind`` is GGUF's type, f16 by default. With ``check`` other readers compare it with the model first. Raises
-    ShearlingError, before weights are read where that can be known, for a format that cannot hold the model.
-    """
-    check_format(load_config(name), to, kind)
-    if out.exists():
-        raise ShearlingError(f"{out}: already exists; choose another name or remove it")
-    model, tokenizer = load_model(name), load_tokenizer(name)
-    check_finite(model)
-    folder = resolve(name)
-    record = folder / "shearling.json" if isinstance(folder, Path) else None
-    if record is not None and record.is_file():
-        made = json.loads(record.read_text())
-    else:
-        made = {"versions": versions(), "model": name}
-    if to == "gguf":
-        return export_gguf(model, tokenizer, out, kind=kind or GGUF_TYPE, provenance=made, check=check)
-    write = {"deci": export_deci, "onnx": export_onnx}[to]
-    return write(model, tokenizer, out, provenance=made, check=check)
-
-
-def measured_costs(recipe: Recipe, on_event: OnEvent | None = None) -> Mapping[Width, Cost] | None:
-    """What shapes of a recipe's model take on its device, where its budget is a latency; None elsewhere."""
-    budget = budget_of(recipe)
-    if budget is None or budget.latency is None:
-        return None
-    return latency_of(recipe.model, budget, recipe.device, recipe.dtype, on_event).costs()
-
-
-def latency_of(
-    model: str, budget: Budget, device: str = "auto", dtype: str = "float32", on_event: OnEvent | None = None
-) -> Latency:
-    """What a named model's shapes take, as a budget says it is measured; times are kept in the cache folder."""
-    workload = Workload(budget.phase, budget.batch, budget.context)
-    config, precision = load_config(model), getattr(torch, dtype)
-    return measure_latency(config, workload, dtype=precision, device=device_of(device), on_event=on_event)
-
-
 def _in_measured_shape(recipe: Recipe, budget: Budget, out: Path, on_event: OnEvent | None) -> Recipe:
     """The recipe with the shape that its latency comes to; that of a run which has begun, whatever is measured now."""
     known = recorded_shape(out, budget)
@@ -229,53 +142,6 @@ def _references(stage: TrainStage) -> dict[str, float | dict[float, float]] | No
         return None
     given = stage.loading.reference
     return given if isinstance(given, dict) else read_references(given, stage.domains)
-
-
-def device_of(name: str) -> torch.device:
-    """The device a recipe names; ``auto`` is the GPU where there is one."""
-    if name == "auto":
-        # as torchrun numbers the processes of a machine
-        number = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ShearlingError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ShearlingError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use auto")
-    return device
-
-
-def evaluate_model(
-    model: Any, tokenizer: Any, wish: Evaluation, *, reference: Any = None, on_event: OnEvent | None = None
-) -> dict[str, Any]:
-    """Perplexity, divergence from ``reference``, sizes and tasks of a model, as ``metrics.json`` has them."""
-    tokens = corpus_tokens(wish.text, tokenizer, whole=True, max_tokens=wish.max_tokens)
-
-    def progress(done: int, total: int) -> None:
-        if on_event is not None:
-            on_event({"stage": "evaluate", "done": done, "total": total})
-
-    found = perplexity(model, tokens, context=wish.context, stride=wish.stride, batch=wish.batch, on_progress=progress)
-    measured = sizes(inventory_of(model), anatomy_of(model.config))
-    result: dict[str, Any] = {
-        "perplexity": found.value,
-        "corpus": wish.text,
-        "context": found.context,
-        "stride": found.stride,
-        "tokens": found.tokens,
-        "parameters": measured.parameters,
-        "bytes": measured.bytes,
-    }
-    if reference is not None:
-        moved = divergence(model, reference, tokens, context=wish.context, batch=wish.batch)
-        result |= {"kl": moved.kl, "agreement": moved.agreement}
-    if wish.tasks:
-        folder = None if wish.data is None else Path(wish.data)
-        result["tasks"] = evaluate_tasks(model, tokenizer, list(wish.tasks), data=folder)
-    if wish.samples:
-        result["samples"] = generate_samples(model, tokenizer, wish.samples, NEW_TOKENS)
-    return result
 
 
 class _Session:
@@ -399,7 +265,7 @@ class _Session:
         home = model.device
         if self.recipe.calibration.stream:
             model.to("cpu")
-        outcome = _outcome(self.recipe, stage, model, tokenizer, self.folder.state / "measure", self._event)
+        outcome = outcome_of(self.recipe, stage, model, tokenizer, self.folder.state / "measure", self._event)
         model.to(home)
         save_edits(outcome.edits, self.folder.state / "edits")
         return {"importance": list(outcome.plan.importance)}
@@ -412,7 +278,7 @@ class _Session:
         def work() -> dict[str, Any]:
             edits = plan_quantised(
                 model,
-                _calibration(recipe, self.dense[1]),
+                calibration_windows(recipe, self.dense[1]),
                 stage,
                 # trained weights have left the dense ones behind
                 goal=self.dense[0] if isinstance(recipe.first, Sparsify) and recipe.recover is None else None,
@@ -474,7 +340,7 @@ class _Session:
         if isinstance(stage, AST):
             unmask_(model, dense, outcome.edits)
             if stage.needs_norms:
-                norms = input_norms(dense, _calibration(recipe, self.dense[1]), recipe.calibration.batch)
+                norms = input_norms(dense, calibration_windows(recipe, self.dense[1]), recipe.calibration.batch)
         model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)
 
         def tell(event: dict[str, Any]) -> None:
@@ -526,38 +392,3 @@ class _Session:
     def _say(self, event: dict[str, Any]) -> None:
         for listener in self._listeners:
             listener(event)
-
-
-def load(name: str, device: str = "auto", dtype: str = "float32") -> tuple[Any, Any]:
-    """A model, checked, and its tokenizer, as a recipe names them."""
-    model = load_model(name, dtype=getattr(torch, dtype), device=device_of(device))
-    check_finite(model)
-    return model, load_tokenizer(name)
-
-
-def _outcome(
-    recipe: Recipe,
-    stage: PruneStage | Sparsify | Denoise,
-    model: Any,
-    tokenizer: Any,
-    state: Path | None,
-    on_event: OnEvent | None,
-) -> Outcome:
-    wish = recipe.calibration
-    return plan_stage(
-        model,
-        _calibration(recipe, tokenizer),
-        stage,
-        batch=wish.batch,
-        seed=recipe.seed,
-        device=device_of(recipe.device),
-        state_dir=state,
-        on_event=on_event,
-        name=recipe.model,
-    )
-
-
-def _calibration(recipe: Recipe, tokenizer: Any) -> Tensor:
-    wish = recipe.calibration
-    tokens = corpus_tokens(wish.text, tokenizer, max_tokens=wish.sequences * wish.length)
-    return windows(tokens, wish.sequences, wish.length)
