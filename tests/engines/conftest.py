@@ -12,7 +12,7 @@ from shearling.plan import Structure
 from shearling.surgery import cut_
 
 #: channels that blocks of 256 divide, as every type of GGUF and DeciLM has them
-WIDTH = 1024
+WIDTH = 1280
 
 
 @pytest.fixture(scope="session")
