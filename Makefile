@@ -41,7 +41,7 @@ llama-cpp:
 		$(ENGINES)/pip install --quiet --constraint constraints.txt --constraint constraints-engines.txt llama-cpp-python
 
 test-engines: .engines/ready
-	OMP_NUM_THREADS=1 $(ENGINES)/python -m pytest -n 2 --durations=10 tests/engines
+	OMP_NUM_THREADS=1 $(ENGINES)/python -m pytest -n 2 --dist loadfile --durations=10 tests/engines
 
 lint: .venv/ready
 	$(BIN)/ruff check .

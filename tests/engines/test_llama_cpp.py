@@ -165,13 +165,7 @@ def test_rounding_by_llama_cpp_is_quiet(tmp_path: Path, capfd: pytest.CaptureFix
 
 def test_text_becomes_the_tokenizers_tokens(cut_smollm2: tuple[Any, Any], files: dict[str, Path]) -> None:
     tokenizer = cut_smollm2[1]
-    texts = (
-        *PROMPTS,
-        "  two  spaces\t\n\n",
-        "naïve café 東京 🙂",
-        "it's 1234567 + 8.9",
-        "<|im_start|>user\nhi<|im_end|>",
-    )
+    hard = ("  two  spaces\t\n\n", "naïve café 東京 🙂", "it's 1234567 + 8.9", "<|im_start|>user\nhi<|im_end|>")
     with engine(files["q8_0"]) as loaded:
         for text in (*PROMPTS, *hard):
             found = loaded.tokenize(text.encode(), add_bos=True, special=True)
