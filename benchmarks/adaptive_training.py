@@ -19,6 +19,7 @@ import math
 import statistics
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.data import Domains
+from shearling.export import save_model
 from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.masks import pattern_of, plan_masks
@@ -72,6 +74,11 @@ VARIANTS = {
     "ast, slorb, cross-entropy too": Variant(AST(slorb=SLoRB()), cross_entropy=0.5, distill=0.5),
     "adapted, ast from alps": Variant(AST(), start="alps", adapted=True),
     "adapted, ast from alps, slorb": Variant(AST(slorb=SLoRB()), start="alps", adapted=True),
+    "adapted, ast from alps, muon": Variant(AST(optimizer="muon"), start="alps", adapted=True),
+    "adapted, ast from alps, muon, slorb": Variant(AST(optimizer="muon", slorb=SLoRB()), start="alps", adapted=True),
+    "adapted, ast from alps, int4": Variant(AST(quantise="int4", group=64), start="alps", adapted=True),
+    "ast, muon": Variant(AST(optimizer="muon")),
+    "ast from alps, muon": Variant(AST(optimizer="muon"), start="alps"),
     "fixed mask": Variant(AST(refresh_every=0)),
     "fixed mask from alps, reconstructed": Variant(AST(refresh_every=0), start="alps, reconstructed"),
     "static sr-ste": Variant(AST(anneal=0.0, decay_by="coupled")),
@@ -236,15 +243,21 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=32, help="of every corpus that are scored")
     parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too")
+    parser.add_argument("--save", type=Path, help="folder for the trained models, and the dense one that was adapted")
     args = parser.parse_args()
     rows = Rows(COLUMNS, args.json)
     bench = Bench(args)
     print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.unique_tokens} unique tokens", flush=True)
 
+    def keep(name: str, model: Any) -> None:
+        if args.save is not None:
+            save_model(model, bench.tokenizer, args.save / name.replace(", ", "-").replace(" ", "-"), provenance={})
+
     report_model(rows, bench, "dense", bench.dense)
     wanted = {name: VARIANTS[name] for name in args.variants}
     if any(variant.adapted for variant in wanted.values()):
         report_model(rows, bench, "dense, adapted", bench.adapt().dense)
+        keep("dense, adapted", bench.adapt().dense)
     for start, adapted in dict.fromkeys((v.start, v.adapted) for v in wanted.values() if v.settings is not None):
         own = bench.adapt() if adapted else bench
         model = copy.deepcopy(own.dense)
@@ -261,6 +274,7 @@ def main() -> None:
             own = bench.adapt() if variant.adapted else bench
             model, row = own.carry_out(variant, steps, rate, seed)
             report_model(rows, bench, name, model, **row)
+            keep(f"{name}, {rate:g}, {seed}", model)
 
 
 if __name__ == "__main__":

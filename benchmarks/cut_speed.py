@@ -1,15 +1,17 @@
-"""What the cut buys on general devices: prefill and decode speed of dense and cut models, uniform and per-layer widths.
+"""What the cut buys on general devices: prefill and decode speed of dense and cut models, and of sheared shapes.
 
     python benchmarks/cut_speed.py --data DIR [--json FILE] [--quick]
 
-On a CPU SmolLM2-135M in float32; on a GPU a model of LLaMA-2-7B's shape with random weights in bfloat16, whose decode
-steps are captured in a CUDA graph.
+Channels are cut to widths that are uniform or per layer, and multiples of 64, of 128, or of nothing. On a CPU
+SmolLM2-135M in float32; on a GPU a model of LLaMA-2-7B's shape with random weights in bfloat16, whose decode steps are
+captured in a CUDA graph, and Sheared LLaMA's two shapes of it.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from typing import Any
 
 import torch
@@ -20,10 +22,21 @@ from shearling.anatomy import anatomy_of
 from shearling.evaluate import speed
 from shearling.methods.cfsp import block_importance, keep_ratios
 from shearling.models import load_model
-from shearling.plan import Structure, inventory_of, round_to_total, sizes
+from shearling.plan import Structure, inventory_of, leading, round_to_total, sizes, target_anatomy
+from shearling.recipe import Target
 from shearling.surgery import cut_
 
 COLUMNS = ["what", "phase", "batch", "tokens_per_second", "ratio", "parameters", "parameter_ratio", "device"]
+
+
+#: what a 7B model and SmolLM2 are sheared to
+SHEARED = {
+    "cuda": {
+        "sheared to 2.7B": Target(layers=32, hidden=2560, heads=20, kv_heads=20, ffn=6912),
+        "sheared to 1.3B": Target(layers=24, hidden=2048, heads=16, kv_heads=16, ffn=5504),
+    },
+    "cpu": {"sheared": Target(layers=27, hidden=384, heads=6, kv_heads=3, ffn=1280)},
+}
 
 
 def structure(model: Any, sparsity: float, *, uniform: bool, multiple: int) -> Structure:
@@ -50,16 +63,21 @@ def main() -> None:
         dense = load_model(args.model, dtype=torch.float32)
         cases = [(1, 64, 8)] if args.quick else [(1, 512, 32)]
     rows = Rows(COLUMNS, args.json)
-    name, multiple = device_name(args.device), 64 if gpu else 1
+    name = device_name(args.device)
     base: dict[tuple[str, int], float] = {}
     full = sizes(inventory_of(dense), anatomy_of(dense.config)).parameters
-    variants: list[tuple[str, float, bool]] = [("dense", 0.0, True)]
-    for sparsity in (0.2, 0.5):
-        variants += [(f"{sparsity:.0%} uniform", sparsity, True), (f"{sparsity:.0%} per layer", sparsity, False)]
-    for what, sparsity, uniform in variants:
+    variants: list[tuple[str, Structure | None]] = [("dense", None)]
+    for sparsity, uniform, multiple in itertools.product((0.2, 0.5), (True, False), (64, 128, 1)):
+        what = f"{sparsity:.0%} {'uniform' if uniform else 'per layer'}, multiples of {multiple}"
+        variants.append((what, structure(dense, sparsity, uniform=uniform, multiple=multiple)))
+    if not args.quick:
+        anatomy = anatomy_of(dense.config)
+        for what, target in SHEARED["cuda" if gpu else "cpu"].items():
+            variants.append((what, leading(anatomy, target_anatomy(anatomy, target), range(target.layers))))
+    for what, cut in variants:
         model = copy.deepcopy(dense)
-        if sparsity:
-            cut_(model, [structure(model, sparsity, uniform=uniform, multiple=multiple)])
+        if cut is not None:
+            cut_(model, [cut])
         parameters = sizes(inventory_of(model), anatomy_of(model.config)).parameters
         for batch, prompt, generate in cases:
             repeats = 1 if args.quick else args.repeats

@@ -24,7 +24,8 @@ from shearling.recipe import Quantise
 from shearling.surgery import attach_adapters_, cut_
 
 COLUMNS = [
-    "model", "method", "corpus", "perplexity", "ratio", "bits", "bytes", "zeros", "seconds", "peak_bytes", "tokens",
+    "model", "method", "corpus", "perplexity", "ratio", "bits", "compact_bits", "zeros", "seconds", "peak_bytes",
+    "tokens",
 ]  # fmt: skip
 INT4: dict[str, Any] = {"format": "int4", "group": 64}
 METHODS: dict[str, Quantise] = {
@@ -48,6 +49,14 @@ def zeros_of(model: Any, names: list[str]) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
+def compact_bits(code: int, bits: float, zeros: float) -> float | None:
+    """Of a weight as the runtime holds it, if half are zeros: half of the codes, two bits for the place of each.
+
+    ``bits`` are those of a weight with codes for zeros too; what is beyond ``code`` of them (scales) stays.
+    """
+    return None if zeros < 0.5 else code / 2 + 1 + bits - code
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME=FOLDER")
@@ -69,7 +78,9 @@ def main() -> None:
         anatomy, inventory = anatomy_of(model.config), inventory_of(model)
         names = [name for layer in range(anatomy.num_layers) for name in anatomy.weights(layer)]
         before = score(model, texts, context, 4 if gpu else 1)
-        report_quality(rows, before, model=label, method="as it is", zeros=zeros_of(model, names))
+        zeros = zeros_of(model, names)
+        bits = {"bits": 16.0, "compact_bits": compact_bits(16, 16.0, zeros)}
+        report_quality(rows, before, model=label, method="as it is", zeros=zeros, **bits)
         for method in args.methods:
             settings, own, began = METHODS[method], copy.deepcopy(model), time.perf_counter()
             if gpu:
@@ -89,6 +100,7 @@ def main() -> None:
             size = quantised_size(inventory, anatomy, Grid(settings.format, settings.group))
             beside = sum(8 * p.numel() for name, p in own.named_parameters() if is_branch(name))
             row["bits"] = size.bits + beside / sum(inventory[name].numel for name in names)
+            row["compact_bits"] = compact_bits(quant.bits, row["bits"], zeros)
             found = score(own, texts, context, 4 if gpu else 1)
             for corpus, (value, count) in found.items():
                 rows.add(**row, corpus=corpus, perplexity=value, ratio=value / before[corpus][0], tokens=count)

@@ -61,6 +61,8 @@ TINY = {"tiny": {(64, 256): 2, (32, 384): 1}}
 #: names of ways that are ours
 OURS = ("lanes", "tiles", "mma")
 FEW = (1, 2, 4, 8, 16)
+#: inputs that share a scale in 4 bits
+GROUP = 128
 COLUMNS = ["what", "shape", "tokens", "way", "us", "low", "high", "ratio", "bytes", "device"]
 
 
@@ -87,8 +89,8 @@ class Bench:
     def shapes(self) -> list[tuple[int, int]]:
         return list(dict.fromkeys(shape for layer in self.layers.values() for shape in layer))
 
-    def key(self, shape: tuple[int, int], tokens: int, int4: bool = False) -> Key:
-        return Key(*shape, str(self.dtype).removeprefix("torch."), int4, tokens)
+    def key(self, shape: tuple[int, int], tokens: int, group: int = 0) -> Key:
+        return Key(*shape, str(self.dtype).removeprefix("torch."), group, tokens)
 
     def keep(self) -> None:
         if self.file is not None:
@@ -111,13 +113,13 @@ def check(bench: Bench) -> None:
             "low rank": branch_of(*low, kinds),
         }
         workspace = workspace_for(shape[0], weight_OI)
-        for int4 in (False, True):
-            copies: Any = {kind: copy_of(kind, weight_OI, int4) for kind in ("dense", "compact", "fragments")}
+        for group in (0, GROUP):
+            copies: Any = {kind: copy_of(kind, weight_OI, group) for kind in ("dense", "compact", "fragments")}
             few = [count for count in bench.tokens if count <= max(FEW)]
             ups = [None if branch is None else branch.fragments for branch in branches.values()]
             if obstacle(bench.device) is None:
                 compile_all(
-                    copies["fragments"], [(c, m, up) for m in few for c in configs(*shape, m, int4) for up in ups]
+                    copies["fragments"], [(c, m, up) for m in few for c in configs(*shape, m, group > 0) for up in ups]
                 )
             for tokens in few:
                 x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
@@ -126,10 +128,10 @@ def check(bench: Bench) -> None:
                     what: x @ wide.T if b is None else x @ wide.T + x @ b.down.double().T @ b.up.double().T
                     for what, b in branches.items()
                 }
-                for path in paths(*shape, tokens, weight_OI, int4, bench.ways):
+                for path in paths(*shape, tokens, weight_OI, group, bench.ways):
                     kind = COPIES[path.name]
                     if kind not in copies:
-                        copies[kind] = copy_of(kind, weight_OI, int4)
+                        copies[kind] = copy_of(kind, weight_OI, group)
                     for what, branch in branches.items():
                         found = product(path, x_MI, copies[kind], workspace, branch)
                         error = float((found.double() - exact[what]).norm() / exact[what].norm())
@@ -137,7 +139,7 @@ def check(bench: Bench) -> None:
                         if not error < (2e-2 if what == "INT8 branch" else 5e-3):
                             wrong += 1
                             way = " ".join(map(str, (path.name, *path.option)))
-                            what = f"WRONG {what} {int4=}"
+                            what = f"WRONG {what} {group=}"
                             bench.rows.add(what=what, shape=shape, tokens=tokens, way=way, ratio=error)
         print(f"# {shape}: checked, {wrong} wrong so far", flush=True)
     if wrong:
@@ -147,24 +149,24 @@ def check(bench: Bench) -> None:
 def tune(bench: Bench) -> None:
     """Every way for few tokens; the best three of ours are printed beside dense."""
     for shape in bench.shapes:
-        for int4 in (False, True):
+        for group in (0, GROUP):
             for tokens in [count for count in bench.tokens if count <= max(FEW)]:
                 measure_table(
                     [shape],
                     device=bench.device,
                     dtype=bench.dtype,
-                    int4=int4,
+                    group=group,
                     tokens=[tokens],
                     table=bench.table,
                     replays=3 if bench.replays < 10 else 20,
                     every=True,
                     ways=bench.ways,
                 )
-                found = bench.table.times[bench.key(shape, tokens, int4)]
+                found = bench.table.times[bench.key(shape, tokens, group)]
                 dense = found[Path("dense")]
                 ranked = sorted(found.items(), key=lambda pair: pair[1].seconds)
                 for path, timing in [(Path("dense"), dense), *[p for p in ranked if p[0].name in OURS][:3]]:
-                    report(bench, "INT4" if int4 else "bf16", shape, tokens, path, timing, dense.seconds)
+                    report(bench, "INT4" if group else "bf16", shape, tokens, path, timing, dense.seconds)
         bench.keep()
 
 
@@ -204,7 +206,7 @@ def shapes(bench: Bench) -> None:
                 [shape],
                 device=bench.device,
                 dtype=bench.dtype,
-                int4=True,
+                group=GROUP,
                 tokens=few,
                 table=bench.table,
                 replays=20,
@@ -218,21 +220,21 @@ def shapes(bench: Bench) -> None:
             "INT8 branch": branch_of(down, up.contiguous(), list(COPIES.values()), eight_bits=True),
         }
         workspace = workspace_for(shape[0], weight_OI)
-        copies: dict[tuple[str, bool], list[Any]] = {}
+        copies: dict[tuple[str, int], list[Any]] = {}
         for tokens in bench.tokens:
             x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
-            for what, path, int4, added in variants(bench, shape, tokens):
+            for what, path, group, added in variants(bench, shape, tokens):
                 kind = COPIES[path.name]
-                if (kind, int4) not in copies:
-                    copies[kind, int4] = several(copy_of(kind, weight_OI, int4))
-                beside = [fresh(branches[added]) if added else None for _ in copies[kind, int4]]
+                if (kind, group) not in copies:
+                    copies[kind, group] = several(copy_of(kind, weight_OI, group))
+                beside = [fresh(branches[added]) if added else None for _ in copies[kind, group]]
                 steps = [
                     partial(product, path, x_MI, c, workspace, b)
-                    for c, b in zip(copies[kind, int4], beside, strict=True)
+                    for c, b in zip(copies[kind, group], beside, strict=True)
                 ]
                 timing = timed(steps, bench.device, bench.replays)
                 found[what, shape, tokens] = timing.seconds
-                size = bytes_of(copies[kind, int4][0]) + branch_bytes(path, beside[0])
+                size = bytes_of(copies[kind, group][0]) + branch_bytes(path, beside[0])
                 report(bench, what, shape, tokens, path, timing, found["dense", shape, tokens], bytes=size)
     sums(bench, found)
 
@@ -252,33 +254,33 @@ def branch_bytes(path: Path, branch: Branch | None) -> int:
     return branch.fragments.bytes if path.name == "mma" and branch.fragments else branch.up.nbytes
 
 
-def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[str, Path, bool, str]]:
-    """What is timed: (name, way, whether 4 bits, which branch)."""
+def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[str, Path, int, str]]:
+    """What is timed: (name, way, inputs that share a scale in 4 bits or 0, which branch)."""
     exact = bench.table.times[bench.key(shape, tokens)]
 
     def fastest(names: tuple[str, ...], times: dict[Path, Any]) -> Path | None:
         return min((p for p in times if p.name in names), key=lambda p: times[p].seconds, default=None)
 
     ours = fastest(OURS, exact)
-    rows: list[tuple[str, Path | None, bool, str]] = [
-        ("dense", Path("dense"), False, ""),
-        ("dense, decompressed", fastest(("decompress", "unpack"), exact), False, ""),
-        ("cuSPARSELt", fastest(("cusparselt",), exact), False, ""),
-        ("2:4", ours, False, ""),
-        ("2:4, each alone", alone(ours), False, ""),
-        ("2:4 and branch", ours, False, "branch"),
-        ("2:4 and INT8 branch", ours if ours is not None and ours.name == "mma" else None, False, "INT8 branch"),
+    rows: list[tuple[str, Path | None, int, str]] = [
+        ("dense", Path("dense"), 0, ""),
+        ("dense, decompressed", fastest(("decompress", "unpack"), exact), 0, ""),
+        ("cuSPARSELt", fastest(("cusparselt",), exact), 0, ""),
+        ("2:4", ours, 0, ""),
+        ("2:4, each alone", alone(ours), 0, ""),
+        ("2:4 and branch", ours, 0, "branch"),
+        ("2:4 and INT8 branch", ours if ours is not None and ours.name == "mma" else None, 0, "INT8 branch"),
     ]
-    if bench.key(shape, tokens, True) in bench.table.times:
-        coarse = bench.table.times[bench.key(shape, tokens, True)]
+    if bench.key(shape, tokens, GROUP) in bench.table.times:
+        coarse = bench.table.times[bench.key(shape, tokens, GROUP)]
         rows += [
-            ("2:4 INT4", fastest(OURS, coarse), True, ""),
-            ("2:4 INT4, each alone", alone(fastest(OURS, coarse)), True, ""),
-            ("2:4 INT4 and branch", fastest(OURS, coarse), True, "branch"),
+            ("2:4 INT4", fastest(OURS, coarse), GROUP, ""),
+            ("2:4 INT4, each alone", alone(fastest(OURS, coarse)), GROUP, ""),
+            ("2:4 INT4 and branch", fastest(OURS, coarse), GROUP, "branch"),
         ]
     # the two copies of a weight that are fastest at some number of tokens
-    rows.append(("fallback", bench.table.best(bench.key(shape, tokens)), False, ""))
-    return [(what, path, int4, added) for what, path, int4, added in rows if path is not None]
+    rows.append(("fallback", bench.table.best(bench.key(shape, tokens)), 0, ""))
+    return [(what, path, group, added) for what, path, group, added in rows if path is not None]
 
 
 def alone(path: Path | None) -> Path | None:
@@ -312,7 +314,7 @@ def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 96}
     config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=4096)
     dense: dict[str, float] = {}
-    for what, int4 in (("dense", False), ("2:4", False), ("2:4 INT4", True)):
+    for what, group in (("dense", 0), ("2:4", 0), ("2:4 INT4", GROUP)):
         if bench.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -324,11 +326,11 @@ def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
                 weight.copy_(random_24(*weight.shape, bench.dtype, bench.device))
         held = sum(weight.nbytes for weight in block_weights(model).values())
         if what != "dense":
-            tokens = [count for count in bench.tokens if count <= prompt] if not int4 else [1, prompt]
+            tokens = [count for count in bench.tokens if count <= prompt] if not group else [1, prompt]
             wanted = sorted({1, prompt, *tokens})
             shapes = sorted({tuple(weight.shape) for weight in block_weights(model).values()})
-            measure_table(shapes, device=bench.device, dtype=bench.dtype, int4=int4, tokens=wanted, table=bench.table)
-            held = accelerate_(model, bench.table, int4=int4, copies="fastest", tokens=wanted).bytes
+            measure_table(shapes, device=bench.device, dtype=bench.dtype, group=group, tokens=wanted, table=bench.table)
+            held = accelerate_(model, bench.table, int4=group or None, copies="fastest", tokens=wanted).bytes
         peak = torch.cuda.max_memory_allocated() if bench.gpu else None
         for part, seconds, count in timings(bench, model, prompt, generate):
             dense.setdefault(part, seconds)

@@ -353,7 +353,7 @@ def test_output_without_permission(tmp_path: Path, command: Any) -> None:
     [
         "shearling.plan.files.Path.write_text",
         "shearling.plan.files.save_file",
-        "shearling.export.huggingface._name_classes",
+        "shearling.export.huggingface._complete_config",
     ],
 )
 def test_a_full_disk_is_one_line(tmp_path: Path, command: Any, monkeypatch: Any, place: str) -> None:

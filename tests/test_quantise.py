@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
-from shearling.export import save_model
+from shearling.export import load_codes, save_model
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.gptq import gptq
 from shearling.methods.quantise import plan_quantised
@@ -312,6 +312,17 @@ def test_compressed_tensors_reads_what_is_saved(family: str, name: Any, group: i
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
     for path, mask in masks.items():
         assert not again.get_parameter(path)[~mask].any()
+    codes = load_codes(tmp_path / "model")
+    assert (codes.bits, codes.group) == (quant.bits, quant.group)
+    found, wanted = codes.tensors(), quant.tensors()
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert found[key].dtype == tensor.dtype and torch.equal(found[key].float(), tensor.float()), key
+
+
+def test_codes_are_read_only_where_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="holds no codes that save_model wrote"):
+        load_codes(tiny_folder(tmp_path / "m"))
 
 
 def test_plain_transformers_reads_it_too(tmp_path: Path) -> None:
@@ -437,6 +448,18 @@ def test_what_cannot_be_saved_is_refused_before_any_work(family: str, stages: An
     with pytest.raises(ShearlingError, match=said):
         run(wish, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_codes_are_of_the_grid_that_was_trained_on() -> None:
+    masked = {"stage": "sparsify", "method": "magnitude", "pattern": "2:4"}
+    trained = {"stage": "recover", "method": "ast", "quantise": "int4", "group": 8}
+    stages = [masked, trained, {"stage": "quantise", "method": "rtn", "format": "int4", "group": 8}]
+    parse_recipe({"model": "m", "stages": stages})
+    for other in ({"group": 16}, {"group": None}, {"format": "uint4"}):
+        with pytest.raises(
+            RecipeError, match=r"int4, groups of 8; quantise.format and quantise.group must be the same"
+        ):
+            parse_recipe({"model": "m", "stages": [*stages[:2], {**stages[2], **other}]})
 
 
 def test_quantise_comes_last() -> None:

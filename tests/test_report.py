@@ -58,16 +58,17 @@ def plan_of(*, uniform: bool = False, num_layers: int = 30) -> dict[str, Any]:
         }
         for layer in range(num_layers)
     ]
-    how = ("" if uniform else "import shearling; ") + 'AutoModelForCausalLM.from_pretrained("model")'
+    how = ("" if uniform else "import shearling; ") + 'AutoModelForCausalLM.from_pretrained("MODEL")'
     return {
         "model": "smollm2-135m",
         "method": "cfsp",
         "before": sizes(1.0),
         "after": sizes(0.88),
         "blocks": blocks,
+        "stock": uniform,
         "engines": [
-            {"engine": "transformers", "loads": True, "how": how},
-            {"engine": "vllm", "loads": uniform, "how": "needs uniform widths"},
+            {"engine": "transformers", "loads": True, "how": how, "faster": "the cut"},
+            {"engine": "vllm", "loads": uniform, "how": "needs uniform widths", "faster": ""},
         ],
         "estimate": {"seconds": 300.0, "peak_bytes": 2_600_000_000},
     }

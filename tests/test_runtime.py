@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from shearling.errors import ShearlingError
-from shearling.export import save_model
+from shearling.export import load_codes, save_model
 from shearling.export.compact import block_weights
 from shearling.kernels.compact24 import pack24, unpack24_int4
-from shearling.plan import Adapters
+from shearling.methods.quantise import plan_quantised
+from shearling.models import load_model
+from shearling.plan import Adapters, Quant
+from shearling.recipe import Quantise
 from shearling.runtime import (
     COPIES,
     Key,
@@ -28,7 +31,7 @@ from shearling.runtime import (
     random_24,
     table_file,
 )
-from shearling.surgery import attach_adapters_
+from shearling.surgery import attach_adapters_, cut_
 from tests.tiny import FAMILIES, tiny_model, tiny_tokens
 
 
@@ -40,12 +43,12 @@ def sparse_model(family="llama", **overrides):
     return model
 
 
-def table_of(model, seconds, int4=False, tokens=(1, 8)):
+def table_of(model, seconds, group=0, tokens=(1, 8)):
     """A table that says of every shape of a model how long ways take, by their names."""
     table = Table("cpu", torch.__version__)
     for weight in block_weights(model).values():
         for count in tokens:
-            key = Key(*weight.shape, "float32", int4, count)
+            key = Key(*weight.shape, "float32", group, count)
             table.times[key] = {Path(name): Timing(s, s, s) for name, s in seconds[count].items()}
     return table
 
@@ -54,13 +57,13 @@ DENSE_FIRST = {1: {"dense": 1.0, "decompress": 2.0}, 8: {"dense": 1.0, "decompre
 COMPACT_FIRST = {1: {"dense": 4.0, "decompress": 1.0}, 8: {"dense": 1.0, "decompress": 2.0}}
 
 
-@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize("name", ["dense", "decompress"])
-def test_ways_give_the_dense_product(name, int4):
+def test_ways_give_the_dense_product(name, group):
     weight = random_24(12, 256, torch.float32, "cpu")
     x = torch.randn(5, 256)
-    exact = unpack24_int4(copy_of("compact", weight, True)) if int4 else weight
-    found = product(Path(name), x, copy_of(COPIES[name], weight, int4))
+    exact = unpack24_int4(copy_of("compact", weight, group)) if group else weight
+    found = product(Path(name), x, copy_of(COPIES[name], weight, group))
     torch.testing.assert_close(found, x @ exact.T)
 
 
@@ -119,9 +122,42 @@ def test_four_bits_are_those_of_the_grid():
     model = sparse_model(hidden_size=128, intermediate_size=256, head_dim=32)
     rounded, ids = copy.deepcopy(model), tiny_tokens()
     for weight in block_weights(rounded).values():
-        weight.copy_(unpack24_int4(copy_of("compact", weight, True)))
-    accelerate_(model, table_of(model, COMPACT_FIRST, int4=True), int4=True, tokens=(1, 8))
+        weight.copy_(unpack24_int4(copy_of("compact", weight, 64)))
+    accelerate_(model, table_of(model, COMPACT_FIRST, group=64), int4=64, tokens=(1, 8))
     torch.testing.assert_close(model(ids).logits, rounded(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_codes_of_a_saved_model_are_taken_as_they_are(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model, ids = sparse_model(hidden_size=64, intermediate_size=128, head_dim=16), tiny_tokens()
+    settings = Quantise(method="gptq", format="int4", group=32)
+    (quant,) = plan_quantised(model, tiny_tokens(4, 24), settings)
+    cut_(model, [quant])
+    save_model(model, None, tmp_path / "m", provenance={}, quant=quant)
+    read = load_model(str(tmp_path / "m"))
+    before = read(ids).logits
+    accelerate_(read, table_of(read, COMPACT_FIRST, group=32), int4=load_codes(tmp_path / "m"), tokens=(1, 8))
+    torch.testing.assert_close(read(ids).logits, before, rtol=1e-4, atol=1e-4)
+    # rounding the values anew finds other scales, where a group's largest code is not the grid's last
+    anew = load_model(str(tmp_path / "m"))
+    accelerate_(anew, table_of(anew, COMPACT_FIRST, group=32), int4=32, tokens=(1, 8))
+    assert not torch.allclose(anew(ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_branches_in_8_bits_are_near():
+    model, ids = sparse_model(), tiny_tokens()
+    ranks = {name: weight.shape for name, weight in block_weights(model).items()}
+    down = {name: torch.randn(8, inputs) / 8 for name, (_, inputs) in ranks.items()}
+    adapters = Adapters(
+        down, {name: torch.randn(out, 8) for name, (out, _) in ranks.items()}, dict.fromkeys(ranks, 1.0)
+    )
+    attach_adapters_(model, adapters)
+    before = model(ids).logits
+    accelerate_(model, table_of(sparse_model(), COMPACT_FIRST), tokens=(1, 8), int8_branches=True)
+    error = float((model(ids).logits - before).norm() / before.norm())
+    assert 1e-4 < error < 0.05
 
 
 def test_what_cannot_be_accelerated_is_refused():
@@ -129,10 +165,15 @@ def test_what_cannot_be_accelerated_is_refused():
     with pytest.raises(ShearlingError, match="none of the model's block linears is 2:4"):
         accelerate_(dense, Table("cpu", "0"))
     model = sparse_model()
-    with pytest.raises(ShearlingError, match="32 inputs are no multiple of 128"):
-        accelerate_(model, Table("cpu", "0"), int4=True)
+    with pytest.raises(ShearlingError, match="32 inputs in groups of 128.*32, 64, 128"):
+        accelerate_(model, Table("cpu", "0"), int4=128)
+    with pytest.raises(ShearlingError, match="48 inputs in groups of 32"):
+        accelerate_(model, Table("cpu", "0"), int4=32)
     with pytest.raises(ShearlingError, match="is not in the table"):
         accelerate_(model, Table("cpu", "0"))
+    codes = Quant({"a.weight": torch.zeros(4, 32, dtype=torch.int8)}, {}, {}, bits=8)
+    with pytest.raises(ShearlingError, match="codes must be int4 in groups"):
+        accelerate_(model, Table("cpu", "0"), int4=codes)
     assert not any(isinstance(m, RoutedLinear) for m in model.modules())
 
 
@@ -156,7 +197,7 @@ def test_an_accelerated_model_is_not_saved(tmp_path):
 def test_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("SHEARLING_CACHE", str(tmp_path))
     table = measure_table([(8, 16)], device="cpu", dtype=torch.float32, tokens=(1, 4), replays=2)
-    key = Key(8, 16, "float32", False, 4)
+    key = Key(8, 16, "float32", 0, 4)
     assert {path.name for path in table.times[key]} == {"dense", "decompress"}
     assert all(timing.low <= timing.seconds <= timing.high for timing in table.times[key].values())
     assert cached_table("cpu") == table
@@ -172,8 +213,8 @@ def test_measured_once_and_kept(tmp_path, monkeypatch):
 def test_between_measured_numbers_the_larger_counts():
     table = Table("cpu", "0")
     for tokens, name in ((1, "dense"), (8, "decompress"), (64, "dense")):
-        table.times[Key(4, 8, "float32", False, tokens)] = {Path(name): Timing(1.0, 1.0, 1.0)}
-    assert [table.best(Key(4, 8, "float32", False, n)).name for n in (1, 2, 8, 9, 1000)] == [
+        table.times[Key(4, 8, "float32", 0, tokens)] = {Path(name): Timing(1.0, 1.0, 1.0)}
+    assert [table.best(Key(4, 8, "float32", 0, n)).name for n in (1, 2, 8, 9, 1000)] == [
         "dense",
         "decompress",
         "decompress",
@@ -181,4 +222,4 @@ def test_between_measured_numbers_the_larger_counts():
         "dense",
     ]
     with pytest.raises(ShearlingError, match="has no way that reads compact"):
-        table.best(Key(4, 8, "float32", False, 1), ["compact"])
+        table.best(Key(4, 8, "float32", 0, 1), ["compact"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shearling.anatomy import expressible
 from shearling.errors import ShearlingError
+from shearling.export import plan_record
 from shearling.methods.structured import Settings, plan_structured, preview
 from shearling.plan import Structure
 from shearling.recipe import CFSP, Baseline, CFSPReference, Reconstruct, Shearling
@@ -175,9 +176,9 @@ def test_edits_make_the_plan_true(family: str, settings: Settings) -> None:
     assert cut_(cut, outcome.edits) == outcome.plan.anatomy_after
     assert sum(p.numel() for p in cut.parameters()) == outcome.plan.after.parameters
     assert torch.isfinite(cut(tiny_tokens()).logits).all()
-    stored = json.loads(json.dumps(outcome.plan.to_json()))
+    stored = json.loads(json.dumps(plan_record(outcome.plan, cut.config)))
     assert len(stored["blocks"]) == LAYERS
-    assert stored["engines"][1]["loads"] == expressible(outcome.plan.anatomy_after)
+    assert stored["stock"] == expressible(outcome.plan.anatomy_after)
 
 
 @pytest.mark.parametrize("method", [Shearling, CFSP])

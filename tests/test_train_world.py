@@ -46,6 +46,10 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) ->
         torch.testing.assert_close(tensor, other["model"][name], rtol=0, atol=10 * tolerance)
 
 
+# one worker launches them, once
+pytestmark = pytest.mark.xdist_group("world")
+
+
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("twins") / "two.pt"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 97
@@ -96,6 +96,14 @@ def tiny_tokenizer() -> Any:
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = Split(Regex("."), "isolated")
     core.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_bpe() -> Any:
+    """One token a byte, in the way of GPT-2, for which llama.cpp has rules; leaves room for a token of Qwen2's."""
+    tokens = ["<unk>", "<s>", "</s>", "Ġ", "Ċ", *(chr(code) for code in range(33, 33 + VOCAB - 6))]
+    core = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 

@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from shearling.anatomy import expressible
 from shearling.plan import Plan
 from shearling.recipe import Recipe
 from shearling.report import model_names
@@ -56,10 +57,9 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, dict[str, Any]]) -
             for key, row in results.items()
         ]
         lines.append("")
-    stock = plan.to_json()["engines"][1]["loads"]
     lines += [
         "```python",
-        *([] if stock else ["import shearling  # registers the class with per-layer widths"]),
+        *([] if expressible(plan.anatomy_after) else ["import shearling  # registers the class with per-layer widths"]),
         "from transformers import AutoModelForCausalLM",
         "",
         "model = AutoModelForCausalLM.from_pretrained(folder)",

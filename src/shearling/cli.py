@@ -61,6 +61,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     _quiet()
+    from shearling.export import plan_record
     from shearling.methods.stages import in_shape, preview_recipe, proposed
     from shearling.models import empty_model
     from shearling.run import measured_costs
@@ -69,12 +70,14 @@ def plan(
         costs = measured_costs(loaded, narrator)
     model = empty_model(loaded.model, loaded.dtype)
     planned = preview_recipe(in_shape(loaded, costs), model, processes)
+    record = plan_record(planned, model.config)
     if as_json:
-        typer.echo(json.dumps(planned.to_json(), indent=2))
+        typer.echo(json.dumps(record, indent=2))
     else:
-        from shearling.console import plan_table, shapes_table
+        from shearling.console import engines_table, plan_table, shapes_table
 
         _print(plan_table(planned.rows(), f"{loaded.model}, {planned.method}"))
+        _print(engines_table(record["engines"]))
         found = proposed(loaded, model, costs)
         if found:
             stage: Any = loaded.first
@@ -282,6 +285,66 @@ def evaluate(
         return
     for name, value in found.items():
         typer.echo(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value}")
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option("--to", help="gguf, deci (widths per layer, for vLLM) or onnx")],
+    out: Annotated[Path, typer.Option(help="new file for gguf, else new folder")],
+    kind: Annotated[
+        str | None, typer.Option("--type", help="of a GGUF file: f16, bf16, q8_0, q4_0, q4_1, q4_k_m and others")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="let another program read it back, and compare logits")] = True,
+) -> None:
+    """Write a model in a format that other engines load."""
+    with _working("nothing was written"):
+        from shearling.run import export as carry_out
+
+        made = carry_out(model, out, to=to, kind=kind, check=verify)
+    from shearling.export import describe
+
+    typer.echo("\n".join([*describe(made), str(out)]))
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="as of eval, or a GGUF file; ratios are to the first")],
+    batch: Annotated[list[int], typer.Option(help="rows; may be repeated")] = [1],  # noqa: B006
+    context: Annotated[list[int], typer.Option(help="tokens of a prompt; may be repeated")] = [128, 1024],  # noqa: B006
+    generate: Annotated[int, typer.Option(help="decode steps after a prompt")] = 32,
+    repeats: Annotated[int, typer.Option(help="turns of each model")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    accelerate: Annotated[bool, typer.Option("--accelerate", help="2:4 linears by the fastest way")] = False,
+    out: Annotated[Path | None, typer.Option(help="new folder for bench.json and bench.html")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Speed, latency, memory, size and energy of models side by side, measured in turns."""
+    with _working("nothing was written") as narrator:
+        from shearling.bench import bench as carry_out
+
+        found = carry_out(
+            models,
+            batches=batch,
+            contexts=context,
+            generate=generate,
+            repeats=repeats,
+            device=device,
+            dtype=dtype,
+            accelerate=accelerate,
+            out=out,
+            on_event=narrator,
+        ).to_json()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from shearling.console import bench_tables
+
+    for table in bench_tables(found):
+        _print(table)
+    if out is not None:
+        typer.echo(f"page    {out / 'bench.html'}")
 
 
 @app.command()

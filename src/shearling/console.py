@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from shearling.plan import HEADINGS, Proposal
 from shearling.report import model_names
+from shearling.report.bench import by_cell, cell_title, milliseconds, short_name, speeds
+from shearling.report.numbers import decimal, size
 
 
 class Narrator:
@@ -98,6 +100,16 @@ def plan_table(rows: list[tuple[str, str, str, str]], title: str) -> Table:
     return table
 
 
+def engines_table(engines: Sequence[Mapping[str, Any]]) -> Table:
+    """Engines, one a row, as ``plan.json`` has them."""
+    table = Table(title="engines for the result in the folder MODEL", show_lines=True)
+    for heading in ("engine", "loads", "faster by", "command, or why not"):
+        table.add_column(heading, overflow="fold")
+    for row in engines:
+        table.add_row(row["engine"], "yes" if row["loads"] else "no", row["faster"], row["how"])
+    return table
+
+
 def shapes_table(proposals: Sequence[Proposal], title: str) -> Table:
     """Proposed shapes, one a row."""
     table = Table(title=title)
@@ -122,4 +134,28 @@ def result_table(metrics: dict[str, Any]) -> Table:
             moved = (f"{row['kl']:.4f}", f"{row['agreement']:.1%}") if "kl" in row else ("", "")
             size = f"{row['bytes'] / 2**20:.1f}"
             table.add_row(name, f"{row['perplexity']:.3f}", *moved, f"{row['parameters']:,}", size)
+    return table
+
+
+def bench_tables(found: dict[str, Any]) -> list[Table]:
+    """What was benched, then speeds and latencies cell by cell, from what ``bench.json`` holds."""
+    models = Table(title=f"{found['device']}, {found['dtype']}, {found['repeats']} repeats; ratios to the first model")
+    for heading in ("", "run by", "parameters", "on disk", "note"):
+        models.add_column(heading, justify="right" if heading in ("parameters", "on disk") else "left")
+    for model in found["models"]:
+        row = (model["runner"], decimal(model["parameters"]), size(model["disk_bytes"]), model["note"])
+        models.add_row(short_name(model["name"]), *row)
+    return [models, *(_cell_table(rows) for rows in by_cell(found))]
+
+
+def _cell_table(rows: Sequence[Any]) -> Table:
+    table = Table(title=f"{cell_title(rows[0])}; latencies in ms at p50 / p90 / p99")
+    table.add_column("")
+    for heading in ("prefill tok/s", "decode tok/s", "peak", "J/token", "prefill", "first token", "decode step"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        numbers = [f"{number}\n{ratio}" for number, ratio in speeds(row)]
+        times = milliseconds(row)
+        latencies = ["\n".join(times[start : start + 3]) for start in (0, 3, 6)]
+        table.add_row(short_name(row["name"]), *numbers, *latencies)
     return table

@@ -539,6 +539,10 @@ class SLoRB(_Strict):
     #: the factor that reads the inputs is trained too
     train_down: bool = True
 
+    def rank(self, inputs: int) -> int:
+        """Of the branch beside a linear with so many inputs."""
+        return inputs // self.size
+
 
 class AST(_Recover):
     """AST: all parameters, under masks that follow the weights; needs masks to start from."""
@@ -561,6 +565,8 @@ class AST(_Recover):
     decay_by: Literal["decoupled", "coupled", "l1"] = "decoupled"
     #: second moment of the gradient, or of what the weight moves by
     second_moment: Literal["adam", "ast"] = "adam"
+    #: what moves the weights under masks: Adam, or Muon, whose steps have all singular values alike
+    optimizer: Literal["adam", "muon"] = "adam"
     slorb: SLoRB | None = None
     #: weights are rounded to this grid in training, in groups along the input (a row each by default)
     quantise: Literal["int4", "int8", "uint4", "uint8", "float8_e4m3"] | None = None
@@ -659,6 +665,10 @@ class Quantise(_Strict):
             raise ValueError(f"method = slim is symmetric; format must be int4 or int8, not {self.format}")
         return self
 
+    def rank(self, outputs: int, inputs: int) -> int:
+        """Of the branch beside a linear of that shape; 0 where none is wanted."""
+        return 0 if self.compensate is None else max(1, round(self.compensate * min(outputs, inputs)))
+
 
 RecoverStage = Annotated[LoRA | Full | AST | SPP, Field(discriminator="method")]
 TrainStage = Shear | LoRA | Full | AST | SPP
@@ -699,7 +709,14 @@ class Recipe(_Strict):
             )
         if not before:
             return stages
-        last, names = stages[len(before) - 1], before
+        last, names, end = stages[len(before) - 1], before, stages[-1]
+        if isinstance(last, AST) and last.quantise is not None and isinstance(end, Quantise):
+            trained, stored = (last.quantise, last.group), (end.format, end.group)
+            if trained != stored:
+                raise ValueError(
+                    f"recover trains weights on the grid {_grid(*trained)}; quantise.format and quantise.group must "
+                    f"be the same, not {_grid(*stored)}"
+                )
         if names == ["recover"]:
             if isinstance(last, AST | SPP):
                 raise ValueError(
@@ -742,6 +759,10 @@ class Recipe(_Strict):
     def dump(self) -> str:
         """The recipe with every default spelled out, as YAML that loads back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _grid(form: str, group: int | None) -> str:
+    return f"{form}, " + ("a scale a row" if group is None else f"groups of {group}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

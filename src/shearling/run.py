@@ -26,7 +26,16 @@ from shearling.evaluate import (
     perplexity,
 )
 from shearling.events import OnEvent
-from shearling.export import check_storable, save_model
+from shearling.export import (
+    GGUF_TYPE,
+    check_format,
+    check_storable,
+    export_deci,
+    export_gguf,
+    export_onnx,
+    plan_record,
+    save_model,
+)
 from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import (
     dynamic_loading,
@@ -37,7 +46,7 @@ from shearling.methods.corpora import (
 from shearling.methods.quantise import plan_quantised
 from shearling.methods.ranking import preview_target
 from shearling.methods.recovery import made_trainable, recovery_settings
-from shearling.methods.stages import budget_of, in_shape, on_grid, plan_stage, preview_recipe, with_target
+from shearling.methods.stages import as_saved, budget_of, in_shape, plan_stage, preview_recipe, with_target
 from shearling.methods.teaching import check_teacher, teaching
 from shearling.models import check_finite, empty_model, load_config, load_model, load_tokenizer, resolve
 from shearling.plan import (
@@ -136,9 +145,32 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     model, tokenizer = load(recipe.model, home, recipe.dtype)
     outcome = _outcome(recipe, recipe.first, model, tokenizer, None, on_event)
     cut_(model, outcome.edits)
-    made = provenance(recipe, outcome.plan.to_json())
+    made = provenance(recipe, plan_record(outcome.plan, model.config))
     save_model(model, tokenizer, out, provenance=made, card=model_card(recipe, outcome.plan, {}))
     return outcome.plan
+
+
+def export(name: str, out: Path, *, to: str, kind: str | None = None, check: bool = True) -> dict[str, Any]:
+    """Write a named model in another format (``export.FORMATS``); returns what its ``shearling.json`` says of it.
+
+    ``kind`` is GGUF's type, f16 by default. With ``check`` other readers compare it with the model first. Raises
+    ShearlingError, before weights are read where that can be known, for a format that cannot hold the model.
+    """
+    check_format(load_config(name), to, kind)
+    if out.exists():
+        raise ShearlingError(f"{out}: already exists; choose another name or remove it")
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    check_finite(model)
+    folder = resolve(name)
+    record = folder / "shearling.json" if isinstance(folder, Path) else None
+    if record is not None and record.is_file():
+        made = json.loads(record.read_text())
+    else:
+        made = {"versions": versions(), "model": name}
+    if to == "gguf":
+        return export_gguf(model, tokenizer, out, kind=kind or GGUF_TYPE, provenance=made, check=check)
+    write = {"deci": export_deci, "onnx": export_onnx}[to]
+    return write(model, tokenizer, out, provenance=made, check=check)
 
 
 def measured_costs(recipe: Recipe, on_event: OnEvent | None = None) -> Mapping[Width, Cost] | None:
@@ -269,7 +301,8 @@ class _Session:
         elif first is not None:
             steps["measure"] = self._stage("measure", lambda: self._measure(first))
         outcome = self._restore()
-        folder.write_json("plan.json", outcome.plan.to_json())
+        record = plan_record(outcome.plan, self.dense[0].config)
+        folder.write_json("plan.json", record)
         pruned: list[Any] = []
 
         def cut_model() -> Any:
@@ -306,7 +339,7 @@ class _Session:
                     # merged they would leave the grid
                     attach_adapters_(model, adapters)
                 results["quantised"] = self._stage("quantised", lambda: self._evaluate_codes(model, outcome.plan))
-            made = provenance(recipe, outcome.plan.to_json())
+            made = provenance(recipe, record)
             card = model_card(recipe, outcome.plan, results)
             save_model(model, self.dense[1], folder.path / "model", provenance=made, card=card, quant=quant)
         for name in ("recover", "recovered", "quantise", "quantised"):
@@ -429,7 +462,7 @@ class _Session:
         recipe, model = self.recipe, self.dense[0]
         anatomy, inventory = anatomy_of(model.config), inventory_of(model)
         plan = plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance)
-        return Outcome(on_grid(recipe, model, plan), tuple(edits))
+        return Outcome(as_saved(recipe, model, plan), tuple(edits))
 
     def _train(self, model: Any, outcome: Outcome, stage: TrainStage) -> tuple[Any, TrainResult]:
         """Train a model, which an outcome's edits made of the dense one, as a stage says."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -23,8 +24,7 @@ class Usage:
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
-        torch = sys.modules.get("torch")
-        self._cuda = torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+        self._cuda = _cuda()
         if self._cuda is not None:
             self._cuda.reset_peak_memory_stats()
         elif platform.system() == "Linux":
@@ -39,6 +39,23 @@ class Usage:
 
     def to_json(self) -> dict[str, float]:
         return {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
+
+
+def held_bytes() -> int:
+    """What is held now, of the memory whose peak ``Usage`` tells."""
+    cuda = _cuda()
+    return psutil.Process().memory_info().rss if cuda is None else cuda.memory_allocated()
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system (glibc; elsewhere nothing), so that what is taken next shows."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _cuda() -> Any:
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _reset_peak() -> None:

@@ -1,5 +1,6 @@
 """What a model is worth: perplexity, divergence from its reference, tasks, samples, speed, what a shape takes."""
 
+from shearling.evaluate.bench import Bench, Cell, measure_cells
 from shearling.evaluate.divergence import Divergence, divergence
 from shearling.evaluate.latency import Latency, measure_latency
 from shearling.evaluate.perplexity import Perplexity, perplexity
@@ -10,6 +11,8 @@ from shearling.evaluate.tasks import TASKS, evaluate_tasks
 
 __all__ = [
     "TASKS",
+    "Bench",
+    "Cell",
     "Divergence",
     "Latency",
     "Perplexity",
@@ -18,6 +21,7 @@ __all__ = [
     "divergence",
     "evaluate_tasks",
     "generate_samples",
+    "measure_cells",
     "measure_latency",
     "perplexity",
     "speed",

@@ -104,19 +104,19 @@ def _timed_run(model: PreTrainedModel, ids_BT: Tensor, generate: int, captured: 
 
 def captured_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Captured, Tensor]:
     """Greedy steps after a prompt, captured in a CUDA graph, and the tokens [B, 1] that each of ``calls`` renews."""
-    step, ids_B1 = static_step(model, ids_BT, calls)
+    step, ids_B1, _ = static_step(model, ids_BT, calls)
     return Captured(step), ids_B1
 
 
-def static_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Callable[[], None], Tensor]:
-    """Greedy steps after a prompt over a cache with room for ``calls``, and the tokens [B, 1] that each renews."""
+def static_step(model: PreTrainedModel, ids_BT: Tensor, calls: int) -> tuple[Callable[[], None], Tensor, StaticCache]:
+    """Greedy steps after a prompt, the tokens [B, 1] that each renews, and their cache with room for ``calls``."""
     cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1] + calls)
     ids_B1, _ = greedy_step(model, ids_BT, cache)
 
     def step() -> None:
         ids_B1.copy_(greedy_step(model, ids_B1, cache)[0])
 
-    return step, ids_B1
+    return step, ids_B1, cache
 
 
 def now(device: torch.device) -> float:

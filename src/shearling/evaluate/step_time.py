@@ -63,7 +63,7 @@ def _step(model: Any, workload: Workload) -> Callable[[], None]:
     ids_BT = torch.randint(model.config.vocab_size, (workload.batch, workload.context))
     if workload.phase == "decode":
         check_length(model, workload.context + UNTIMED + MOST, "latency: context and steps")
-        step, _ = static_step(model, ids_BT, UNTIMED + MOST)
+        step, *_ = static_step(model, ids_BT, UNTIMED + MOST)
     else:
         check_length(model, workload.context, "latency: context")
         step = partial(_read, model, ids_BT)

@@ -10,10 +10,14 @@ kernels for 2:4 in these formats, and vLLM refuses a ``sparsity_config``, so non
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shearling.anatomy import Family
@@ -88,6 +92,38 @@ def quantization_config(quant: Quant, linears: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def load_codes(folder: Path | str) -> Quant:
+    """The codes, scales and zero points in a folder of these formats, as they were when it was saved.
+
+    Scales come back in float32, as the type they are stored in rounds them. Raises ShearlingError for a folder that
+    holds none.
+    """
+    folder = Path(folder)
+    try:
+        weights = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+        bits, group, symmetric = (weights["weights"][key] for key in ("num_bits", "group_size", "symmetric"))
+        stored: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            stored |= load_file(file)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ShearlingError(f"{folder}: holds no codes that save_model wrote ({error}); quantise it first") from error
+    packed, offset = weights["format"] == "pack-quantized", 0 if symmetric else 1 << (bits - 1)
+    codes, scales, zeros = {}, {}, {}
+    for name in [name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")]:
+        scale = stored[f"{name}_scale"].float()
+        if packed:
+            outputs, inputs = stored[f"{name}_shape"].tolist()
+            signed = unpack(stored[f"{name}_packed"], bits, inputs)
+        else:
+            signed, outputs = stored[name], len(stored[name])
+        zero = torch.zeros(scale.shape, dtype=signed.dtype)
+        if offset:
+            given = stored[f"{name}_zero_point"]
+            zero = unpack(given.T, bits, outputs).T if packed else given
+        codes[name], scales[name], zeros[name] = _moved(signed, offset), scale, _moved(zero, offset).contiguous()
+    return Quant(codes, scales, zeros, bits=bits, group=group)
+
+
 def format_of(quant: Quant) -> str:
     """The name of the format that holds an edit."""
     if _is_float(quant):
@@ -103,6 +139,18 @@ def pack(values_OI: Tensor, bits: int) -> Tensor:
     words = (unsigned << torch.arange(0, 32, bits)).sum(-1)
     # as int32 the upper half is negative
     return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
+def unpack(words_OW: Tensor, bits: int, inputs: int) -> Tensor:
+    """The signed codes [O, I] (int8) again that ``pack`` made words of."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    unsigned = (words_OW.unsqueeze(-1) >> shifts & ((1 << bits) - 1)).flatten(1)[:, :inputs]
+    return (unsigned - (1 << (bits - 1))).to(torch.int8)
+
+
+def _moved(signed: Tensor, offset: int) -> Tensor:
+    """Signed codes where they stood before ``_signed``."""
+    return (signed.to(torch.int16) + offset).to(torch.uint8) if offset else signed
 
 
 def _signed(codes: Tensor, bits: int) -> tuple[Tensor, int]:

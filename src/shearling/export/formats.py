@@ -24,18 +24,24 @@ from shearling.export.verify import Verification, logits_of, prompt_ids, verify
 
 #: formats beside the Hugging Face folder that ``save_model`` writes
 FORMATS = ("gguf", "deci", "onnx")
+#: of a GGUF file, where none is named
+GGUF_TYPE = "f16"
 _RECORD = "shearling.json"
 #: relative difference of logits where nothing is rounded, in float32 and in halves
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.05
 
 
-def check_format(config: Any, to: str, kind: str = "f16") -> None:
+def check_format(config: Any, to: str, kind: str | None) -> None:
     """Raise ShearlingError where the format ``to`` cannot hold a model with this config, and say what can.
 
-    ``kind`` is GGUF's type.
+    ``kind`` is GGUF's type; other formats have none.
     """
+    if to not in FORMATS:
+        raise ShearlingError(f"format {to!r}: must be one of {', '.join(FORMATS)}")
     if to == "gguf":
-        gguf_architecture(config, kind)
+        gguf_architecture(config, kind or GGUF_TYPE)
+    elif kind is not None:
+        raise ShearlingError(f"type {kind!r}: is for gguf; {to} keeps the model's own, leave it out")
     elif to == "deci":
         pad_shapes(anatomy_of(config))
     else:

@@ -75,10 +75,9 @@ def gguf_architecture(config: Any, kind: str) -> str:
     if not find_spec("gguf"):
         raise ShearlingError("GGUF: needs the package gguf; pip install 'shearling[gguf]'")
     anatomy = anatomy_of(config)
-    name = architecture_of(anatomy)
-    _check_config(config, anatomy, name)
+    name = architecture_of(anatomy, config)
     if kind not in ("f32", "f16", "bf16"):
-        _check_rows(anatomy, kind)
+        check_rows(anatomy, kind)
     return name
 
 
@@ -114,8 +113,14 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str, name: str) -> 
         raise unwritable(file, error) from error
 
 
-def architecture_of(anatomy: Anatomy) -> str:
-    """llama.cpp's name of the architecture that holds an anatomy; ShearlingError where it has none."""
+def architecture_of(anatomy: Anatomy, config: Any) -> str:
+    """llama.cpp's name of the architecture that holds an anatomy and a config; ShearlingError where it has none."""
+    name = _name_of(anatomy)
+    _check_config(config, anatomy, name)
+    return name
+
+
+def _name_of(anatomy: Anatomy) -> str:
     family = anatomy.family
     if family.gguf is None:
         known = ", ".join(name for name in family_names() if family_of(name).gguf)
@@ -152,8 +157,8 @@ def _check_config(config: Any, anatomy: Anatomy, name: str) -> None:
             raise ShearlingError(f"{where}: partial rotary embeddings are not written as GGUF; export onnx")
 
 
-def _check_rows(anatomy: Anatomy, kind: str) -> None:
-    """Blocks lie along the inputs of each matrix."""
+def check_rows(anatomy: Anatomy, kind: str) -> None:
+    """Raise ShearlingError where blocks of 32, which lie along the inputs of each matrix, do not fill one."""
     widths = [("hidden", anatomy.hidden)]
     for layer, shape in enumerate(anatomy.shapes):
         widths += [(f"ffn of layer {layer}", shape.ffn)]

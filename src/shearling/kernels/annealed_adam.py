@@ -22,6 +22,7 @@ def annealed_adam(
     decay: float,
     how: str,
     second_moment: str,
+    optimizer: str,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
@@ -47,6 +48,7 @@ def annealed_adam(
             eps,
             HOW=_HOW[how],
             SEEN=second_moment == "ast",
+            MOVE=optimizer == "adam",
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -68,6 +70,7 @@ def _annealed_adam(
     eps,
     HOW: tl.constexpr,
     SEEN: tl.constexpr,
+    MOVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -101,7 +104,8 @@ def _annealed_adam(
     if HOW != 1:
         # never past zero
         weight -= sign * tl.minimum(step_of * tl.abs(pull), size_of)
-    weight -= step_of * first
+    if MOVE:
+        weight -= step_of * first
     tl.store(weights, weight, mask=inside)
     tl.store(firsts, first, mask=inside)
     tl.store(seconds, second, mask=inside)

@@ -123,8 +123,8 @@ def up_fragments(up_OR: Tensor, *, block: int = 0, eight_bits: bool = False) -> 
     outputs, rank = up_OR.shape
     scales = None
     if eight_bits:
-        scales = (up_OR.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        up_OR = ((up_OR.float() / scales[:, None]).round() + 128).to(torch.uint8)
+        codes_OR, scales = in_8_bits(up_OR)
+        up_OR = (codes_OR + 128).to(torch.uint8)
     else:
         up_OR = up_OR.bfloat16()
     padded = F.pad(up_OR, (0, -rank % STEP_UP, 0, -outputs % _ROWS), value=128 if eight_bits else 0)
@@ -134,6 +134,12 @@ def up_fragments(up_OR: Tensor, *, block: int = 0, eight_bits: bool = False) -> 
     values = split.permute(order).contiguous().flatten().view(torch.int32)
     _written(values)
     return Up(values, scales, rank, block)
+
+
+def in_8_bits(up_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes -127 to 127 (float32) of S [O, R] and the scale of every output, [O]."""
+    scales = (up_OR.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (up_OR.float() / scales[:, None]).round(), scales
 
 
 def configs(outputs: int, inputs: int, tokens: int, int4: bool) -> tuple[Config, ...]:

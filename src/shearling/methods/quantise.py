@@ -141,7 +141,6 @@ def _compensated(
     name: str, goal: Tensor, weight: Tensor, gram: Tensor, grid: Grid, settings: Quantise
 ) -> tuple[dict[str, Tensor], float]:
     """The parts of the edits for one weight with its branch, and the damping that took."""
-    assert settings.compensate is not None
     dampings = []
 
     def compress(of: Tensor) -> Codes:
@@ -149,8 +148,8 @@ def _compensated(
         dampings.append(needed)
         return codes
 
-    rank = max(1, round(settings.compensate * min(weight.shape)))
-    codes, *factors = compensated(goal, weight, gram, rank, compress)
+    outputs, inputs = weight.shape
+    codes, *factors = compensated(goal, weight, gram, settings.rank(outputs, inputs), compress)
     if settings.branches is not None:
         # a row of either factor belongs to one component of the branch, or to one output
         factors = [dequantise(*rounded(factor, Grid(settings.branches), "mse")) for factor in factors]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearling.anatomy import anatomy_of
+from shearling.anatomy import Anatomy, anatomy_of
 from shearling.methods.masks import plan_masks, preview_masks
 from shearling.methods.ranking import plan_ranked, preview_target
 from shearling.methods.recovery import recovery_memory
@@ -22,6 +22,7 @@ from shearling.plan import (
     Outcome,
     Plan,
     Proposal,
+    TensorSize,
     Width,
     inventory_after,
     inventory_of,
@@ -30,7 +31,7 @@ from shearling.plan import (
     quantised_size,
     resolve_target,
 )
-from shearling.recipe import Budget, Denoise, Ranked, Recipe, Shear, Sparsify, Target
+from shearling.recipe import AST, Budget, Denoise, Ranked, Recipe, Shear, Sparsify, Target
 
 
 def plan_stage(model: Any, tokens: Tensor, stage: Settings | Ranked | Sparsify | Denoise, **options: Any) -> Outcome:
@@ -102,7 +103,7 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
             plan = preview_target(model, stage, recipe.model)
         case stage:
             plan = preview(model, stage, recipe.model)
-    plan = on_grid(recipe, model, plan)
+    plan = as_saved(recipe, model, plan)
     if not recipe.trained:
         return plan
     compute = None if recipe.device == "cpu" else torch.bfloat16
@@ -112,13 +113,26 @@ def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:
     return replace(plan, estimate={"peak_bytes": max(memory.peak for memory in found)})
 
 
-def on_grid(recipe: Recipe, model: Any, plan: Plan) -> Plan:
-    """The plan of a recipe's model with what it weighs once it is quantised, where the recipe does that.
+def as_saved(recipe: Recipe, model: Any, plan: Plan) -> Plan:
+    """The plan of a recipe's model with what it is saved with: codes in place of weights, branches beside them.
 
     Raises ShearlingError where the grid's groups do not fill the inputs of a linear.
     """
-    if recipe.quantise is None:
-        return plan
     after = inventory_after(inventory_of(model), plan.anatomy_before, plan.anatomy_after, plan.layers)
-    grid = Grid(recipe.quantise.format, recipe.quantise.group)
-    return replace(plan, quantised=quantised_size(after, plan.anatomy_after, grid))
+    if recipe.quantise is not None:
+        grid = Grid(recipe.quantise.format, recipe.quantise.group)
+        plan = replace(plan, quantised=quantised_size(after, plan.anatomy_after, grid))
+    return replace(plan, branches=_branches(recipe, after, plan.anatomy_after))
+
+
+def _branches(recipe: Recipe, after: Mapping[str, TensorSize], anatomy: Anatomy) -> int | None:
+    """The largest rank of the branches that a recipe leaves beside linears; None where it leaves none."""
+    slorb = recipe.recover.slorb if isinstance(recipe.recover, AST) else None
+    ranks = [0]
+    for layer in range(anatomy.num_layers):
+        for name in anatomy.weights(layer):
+            outputs, inputs = after[name].shape[:: -1 if anatomy.family.input_first else 1]
+            ranks.append(0 if slorb is None else slorb.rank(inputs))
+            if recipe.quantise is not None:
+                ranks[-1] += recipe.quantise.rank(outputs, inputs)
+    return max(ranks) or None

@@ -5,7 +5,7 @@ from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure,
 from shearling.plan.files import load_edits, save_edits, write_bytes, write_tensors, write_whole
 from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
-from shearling.plan.plan import Masked, Plan, engines
+from shearling.plan.plan import Masked, Plan
 from shearling.plan.proposals import HEADINGS, Cost, Proposal, Width, propose_shapes, resolve_target, widths
 from shearling.plan.shape import check_structure, kept_elements, kept_layers, shape_after
 from shearling.plan.sizes import (
@@ -46,7 +46,6 @@ __all__ = [
     "check_structure",
     "dequantise",
     "edit_size",
-    "engines",
     "inventory_after",
     "inventory_of",
     "kept_elements",

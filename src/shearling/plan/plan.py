@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shearling.anatomy import Anatomy, obstacle
+from shearling.anatomy import Anatomy
 from shearling.plan.sizes import Quantised, Sizes
 
 
@@ -21,11 +21,12 @@ class Masked:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes and block shapes before and after, who loads the result, and what making it costs.
+    """Sizes and block shapes before and after, and what making it costs.
 
     ``importance`` has one number a block, empty where nothing was measured. ``estimate`` holds the
     ``peak_bytes`` of training where they are known. Masks change no size: ``masked`` counts them. ``quantised`` is the
-    size with codes in place of weights, where there is a grid.
+    size with codes in place of weights, where there is a grid. ``branches`` is the largest rank of branches that stay
+    beside linears, where there are any.
     """
 
     model: str
@@ -39,9 +40,10 @@ class Plan:
     estimate: dict[str, float] = field(default_factory=dict)
     masked: Masked | None = None
     quantised: Quantised | None = None
+    branches: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``plan.json``."""
+        """The content of ``plan.json``, without the engines that load the result."""
         return {
             "model": self.model,
             "method": self.method,
@@ -49,10 +51,10 @@ class Plan:
             "after": self.after.to_json(),
             "hidden": [self.anatomy_before.hidden, self.anatomy_after.hidden],
             "blocks": [self._block(new, old) for new, old in enumerate(self.layers)],
-            "engines": engines(self.anatomy_after),
             "estimate": self.estimate,
             **({} if self.masked is None else {"masks": asdict(self.masked)}),
             **({} if self.quantised is None else {"quantised": asdict(self.quantised)}),
+            **({} if self.branches is None else {"branches": self.branches}),
         }
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -80,6 +82,8 @@ class Plan:
             share = f"{grid.bytes / self.before.bytes:.3f}"
             rows.append((f"bytes, quantised ({name})", f"{self.before.bytes:,}", f"{grid.bytes:,}", share))
             rows.append(("bits of a quantised weight, with its scales", "", f"{grid.bits:.3f}", ""))
+        if self.branches is not None:
+            rows.append(("rank of the branches beside linears", "", str(self.branches), ""))
         if "peak_bytes" in self.estimate:
             rows.append(("memory of training, estimated", "", f"{self.estimate['peak_bytes'] / 2**30:.1f} GiB", ""))
         for name in ("hidden", "num_layers"):
@@ -91,26 +95,6 @@ class Plan:
         before, after = self.anatomy_before.shapes[old], self.anatomy_after.shapes[new]
         widths = {name: [getattr(before, name), getattr(after, name)] for name in ("ffn", "query_heads", "kv_heads")}
         return {"layer": old, **widths, **({"importance": self.importance[old]} if self.importance else {})}
-
-
-def engines(anatomy: Anatomy) -> list[dict[str, Any]]:
-    """Which engines load a model of this anatomy, and how."""
-    why = obstacle(anatomy) or ""
-    stock = not why
-    aligned = all(shape.ffn % 32 == 0 for shape in anatomy.shapes)
-    return [
-        {
-            "engine": "transformers",
-            "loads": True,
-            "how": ("" if stock else "import shearling; ") + "AutoModelForCausalLM.from_pretrained(folder)",
-        },
-        {"engine": "vLLM", "loads": stock, "how": "vllm serve folder" if stock else why},
-        {
-            "engine": "llama.cpp",
-            "loads": stock and aligned,
-            "how": why or ("convert to GGUF, then llama-server" if aligned else "plan with round_to: 32"),
-        },
-    ]
 
 
 def _span(widths: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -28,15 +29,8 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunFiles) -> str:
     """The page as text; everything that comes from the run is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    source = resources.files("shearling.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return filled(
+        TEMPLATE,
         overview=sections.overview(run),
         quality=sections.quality(run),
         sizes=sections.sizes(run),
@@ -49,3 +43,20 @@ def render(run: RunFiles) -> str:
         recipe=run.recipe.strip("\n"),
         versions=usage.versions(run),
     )
+
+
+def filled(template: str, **values: Any) -> str:
+    """A template of this package as text; every value is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _source(template: str) -> str:
+    return resources.files("shearling.report").joinpath(template).read_text(encoding="utf-8")

@@ -14,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from shearling.anatomy import anatomy_of
 from shearling.errors import ShearlingError
 from shearling.kernels.compact24 import is_24
+from shearling.kernels.product24 import GROUPS
 from shearling.nn import EffectiveLinear, is_linear
+from shearling.plan import Codes, Quant
 from shearling.runtime.linear import Route, RoutedLinear
-from shearling.runtime.paths import COPIES, GROUP, Path, branch_of, copy_of
+from shearling.runtime.paths import COPIES, Path, branch_of, check_group, copy_of
 from shearling.runtime.table import TOKENS, Key, Table, measure_table, workspace_for
 from shearling.surgery import adapters_of
 
@@ -39,7 +41,8 @@ def accelerate_(
     model: Any,
     table: Table | None = None,
     *,
-    int4: bool = False,
+    int4: int | Quant | None = None,
+    int8_branches: bool = False,
     copies: Literal["one", "fastest"] = "one",
     tokens: Sequence[int] = TOKENS,
 ) -> Accelerated:
@@ -47,28 +50,31 @@ def accelerate_(
 
     Ways come from ``table``, or from the device's own, kept on disk and measured where it lacks a shape. With
     ``copies="one"`` a linear holds one copy of its weight: the one whose ways, over all numbers of tokens, lose least
-    against the fastest. With ``"fastest"`` it holds every copy that a fastest way reads. ``int4`` rounds values to 4
-    bits with a scale for every 128 inputs. Branches beside a linear go along.
+    against the fastest. With ``"fastest"`` it holds every copy that a fastest way reads. ``int4`` gives values 4
+    bits: those of a ``Quant`` of the model's weights, or rounded, with a scale for so many inputs. Branches beside a
+    linear go along, with ``int8_branches`` the factor S that their outputs have in 8 bits.
 
     Raises ShearlingError, before anything changes, where no linear of the blocks is 2:4, and with ``int4`` where groups
-    do not fill the inputs of one.
+    are not of a size that there are kernels for, do not fill the inputs of a linear, or a linear has no codes.
     """
-    found = {name: weight for name, weight in _weights(model).items() if is_24(weight)}
+    found = linears_24(model)
     if not found:
         raise ShearlingError("accelerate: none of the model's block linears is 2:4; prune it to 2:4 first")
+    group, codes = _in_four_bits(int4)
     for name, weight in found.items():
-        if int4 and weight.shape[1] % GROUP:
-            raise ShearlingError(
-                f"{name}: {weight.shape[1]} inputs are no multiple of {GROUP}; it cannot be 4 bits here"
-            )
+        if group:
+            check_group(name, weight.shape[1], group)
+        if codes is not None and name not in codes:
+            raise ShearlingError(f"{name}: is 2:4 and has no codes; quantise the linears of all blocks")
     left = tuple(name for name in _weights(model) if name not in found)
     like = next(iter(found.values()))
     shapes = {(weight.shape[0], weight.shape[1]) for weight in found.values()}
     if table is None:
-        table = measure_table(sorted(shapes), device=like.device, dtype=like.dtype, int4=int4, tokens=tokens)
+        table = measure_table(sorted(shapes), device=like.device, dtype=like.dtype, group=group, tokens=tokens)
     dtype = str(like.dtype).removeprefix("torch.")
     routes = {
-        shape: _routes(table, [Key(*shape, dtype, int4, count) for count in sorted(tokens)], copies) for shape in shapes
+        shape: _routes(table, [Key(*shape, dtype, group, count) for count in sorted(tokens)], copies)
+        for shape in shapes
     }
     branches = adapters_of(model)
     workspace = workspace_for(max(outputs for outputs, _ in shapes), like)
@@ -80,11 +86,11 @@ def accelerate_(
         if name in branches.up:
             up = branches.up[name] * branches.scale[name]
             down, up = (factor.to(like.dtype).contiguous() for factor in (branches.down[name], up))
-            branch = branch_of(down, up, kinds)
+            branch = branch_of(down, up, kinds, int8_branches)
         old: Any = model.get_submodule(name)
         dense += weight.nbytes
         new = RoutedLinear(
-            {kind: copy_of(kind, weight, int4) for kind in kinds},
+            {kind: copy_of(kind, weight, group, None if codes is None else codes[name]) for kind in kinds},
             chosen,
             None if old.bias is None else old.bias.detach(),
             workspace,
@@ -93,6 +99,32 @@ def accelerate_(
         model.set_submodule(name, new)
         held += new.bytes
     return Accelerated({name: routes[w.shape[0], w.shape[1]] for name, w in found.items()}, left, held, dense)
+
+
+def takes_codes(quant: Quant) -> bool:
+    """Whether there are kernels for those codes: int4, without zero points, in groups of a size that they know."""
+    return quant.bits == 4 and quant.group in GROUPS and all(c.dtype == torch.int8 for c in quant.codes.values())
+
+
+def _in_four_bits(int4: int | Quant | None) -> tuple[int, dict[str, Codes] | None]:
+    """How many inputs share a scale, 0 for values as they are, and the codes of linears where they are given."""
+    if int4 is None or isinstance(int4, int):
+        return int4 or 0, None
+    if not takes_codes(int4):
+        raise ShearlingError(
+            f"accelerate: codes must be int4 in groups of {', '.join(map(str, GROUPS))}, as a quantise stage makes them"
+        )
+    assert int4.group is not None
+    codes = {
+        name.removesuffix(".weight"): Codes(of, int4.scales[name], int4.zeros[name]) for name, of in int4.codes.items()
+    }
+    return int4.group, codes
+
+
+@torch.no_grad()
+def linears_24(model: nn.Module) -> dict[str, Tensor]:
+    """Weights [O, I] of the linears in a model's blocks that ``accelerate_`` would replace, by module path."""
+    return {name: weight for name, weight in _weights(model).items() if is_24(weight)}
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -9,15 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shearling.errors import ShearlingError
 from shearling.kernels import triton_usable
 from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
 from shearling.kernels.nvrtc import obstacle
+from shearling.kernels.product24 import (
+    GROUPS,
+    Config,
+    Fragments,
+    Up,
+    configs,
+    dense24,
+    fragments_of,
+    in_8_bits,
+    product24,
+    up_fragments,
+)
 from shearling.kernels.product24 import TOKENS as FRAGMENT_TOKENS
-from shearling.kernels.product24 import Config, Fragments, Up, configs, dense24, fragments_of, product24, up_fragments
-from shearling.plan import Grid
+from shearling.plan import Codes, Grid
 
-#: inputs that share a scale in 4 bits
-GROUP = 128
 #: cuSPARSELt takes tokens by the eight, and weights whose sides are multiples of 16
 CUSPARSELT_TOKENS, CUSPARSELT_SIDE = 8, 16
 
@@ -54,14 +64,16 @@ COPIES = {
 }
 
 
-def copy_of(kind: str, weight_OI: Tensor, int4: bool = False) -> Copy:
-    """A copy, one of the values of ``COPIES``, of a 2:4 weight; with ``int4`` its values are rounded to 4 bits.
+def copy_of(kind: str, weight_OI: Tensor, group: int = 0, codes: Codes | None = None) -> Copy:
+    """A copy, one of the values of ``COPIES``, of a 2:4 weight.
 
-    Raises ShearlingError for a weight that is not 2:4, and in 4 bits where groups of ``GROUP`` do not fill the inputs.
+    With a ``group`` its values have 4 bits, and so many inputs share a scale: as ``codes`` say, or else rounded to the
+    nearest. Raises ShearlingError for a weight that is not 2:4, and where groups do not fill the inputs.
     """
-    if int4:
-        codes, scales, _ = Grid("int4", GROUP).quantise(weight_OI)
-        rounded = pack24_int4(codes, scales.to(weight_OI.dtype))
+    if group:
+        codes_OI, scales_OG, _ = Grid("int4", group).quantise(weight_OI) if codes is None else codes
+        device = weight_OI.device
+        rounded = pack24_int4(codes_OI.to(device), scales_OG.to(device, weight_OI.dtype))
         if kind in ("compact", "fragments"):
             return rounded if kind == "compact" else fragments_of(rounded)
         weight_OI = unpack24_int4(rounded, weight_OI.dtype)
@@ -76,6 +88,15 @@ def copy_of(kind: str, weight_OI: Tensor, int4: bool = False) -> Copy:
     return weight_OI.contiguous()
 
 
+def check_group(name: str, inputs: int, group: int) -> None:
+    """Raise ShearlingError unless there are kernels for 4-bit values in such groups, and they fill the inputs."""
+    if group not in GROUPS or inputs % group:
+        raise ShearlingError(
+            f"{name}: {inputs} inputs in groups of {group}; in 4 bits groups must be of {', '.join(map(str, GROUPS))} "
+            "inputs and fill all of them"
+        )
+
+
 def bytes_of(copy: Copy) -> int:
     """What a copy holds in memory."""
     return copy.nbytes if isinstance(copy, Tensor) else copy.bytes
@@ -83,6 +104,9 @@ def bytes_of(copy: Copy) -> int:
 
 def branch_of(down_RI: Tensor, up_OR: Tensor, kinds: Collection[str], eight_bits: bool = False) -> Branch:
     """A branch for ways that read those kinds of copies; with ``eight_bits`` S is rounded to 8 bits in all of them."""
+    if eight_bits:
+        codes_OR, scales = in_8_bits(up_OR)
+        up_OR = (codes_OR * scales[:, None]).to(up_OR.dtype)
     if "fragments" not in kinds:
         return Branch(down_RI, up_OR)
     block = _block_of(down_RI)
@@ -106,26 +130,26 @@ def paths(
     inputs: int,
     tokens: int,
     like: Tensor,
-    int4: bool = False,
+    group: int = 0,
     names: Collection[str] | None = None,
 ) -> tuple[Path, ...]:
     """What can multiply ``tokens`` inputs of the type and device of ``like`` by such a weight; dense comes first.
 
-    ``names`` are the ways to look for, all where None.
+    ``group`` as ``copy_of`` takes it. ``names`` are the ways to look for, all where None.
     """
     found = [Path("dense"), Path("decompress")]
     bfloat16, wanted = like.dtype == torch.bfloat16, set(COPIES if names is None else names)
-    if "cusparselt" in wanted and _takes_cusparselt(outputs, inputs, like) and not int4:
+    if "cusparselt" in wanted and _takes_cusparselt(outputs, inputs, like) and not group:
         found += [Path("cusparselt", (number,)) for number in _algorithms(outputs, inputs, tokens, like)]
-    if wanted & {"lanes", "tiles"} and bfloat16 and triton_usable(like) and not (int4 and inputs % GROUP):
+    if wanted & {"lanes", "tiles"} and bfloat16 and triton_usable(like):
         from shearling.kernels.decode24 import TOKENS, candidates
 
         if tokens <= TOKENS:
             found += [Path(candidate.kind, tuple(candidate[1:])) for candidate in candidates(tokens)]
-    if wanted & {"mma", "unpack"} and bfloat16 and not inputs % (GROUP if int4 else 8) and not obstacle(like.device):
+    if wanted & {"mma", "unpack"} and bfloat16 and not inputs % 8 and not obstacle(like.device):
         found.append(Path("unpack"))
         if tokens <= FRAGMENT_TOKENS:
-            found += [Path("mma", tuple(config)) for config in configs(outputs, inputs, tokens, int4)]
+            found += [Path("mma", tuple(config)) for config in configs(outputs, inputs, tokens, group > 0)]
     return tuple(path for path in found if path.name in wanted)
 
 

@@ -23,16 +23,19 @@ from shearling.runtime.timing import Timing, rounds, timed
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
 #: raised when ways or the meaning of their options change
-_VERSION = 1
+_VERSION = 2
 
 
 class Key(NamedTuple):
-    """What a way is measured for: a product with a weight [outputs, inputs] of a type, or of 4 bits in that type."""
+    """What a way is measured for: a product with a weight [outputs, inputs] of a type.
+
+    With a ``group`` it has 4 bits, and so many inputs share a scale of that type.
+    """
 
     outputs: int
     inputs: int
     dtype: str
-    int4: bool
+    group: int
     tokens: int
 
 
@@ -110,7 +113,7 @@ def measure_table(
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
-    int4: bool = False,
+    group: int = 0,
     tokens: Sequence[int] = TOKENS,
     table: Table | None = None,
     replays: int = 20,
@@ -121,12 +124,12 @@ def measure_table(
 
     ``table`` gains what it lacks, or with ``every`` all of it; ``ways`` names those to time beside dense, and others
     keep their times. Where ``table`` is None the one on disk does, and is written back.
-    Raises ShearlingError where a shape cannot be 2:4, or cannot be of 4 bits.
+    Raises ShearlingError where a shape cannot be 2:4, and where groups do not fill its inputs.
     """
     kept = table is None
     table = cached_table(device) if table is None else table
     for outputs, inputs in dict.fromkeys(shapes):
-        keys = [Key(outputs, inputs, str(dtype).removeprefix("torch."), int4, count) for count in tokens]
+        keys = [Key(outputs, inputs, str(dtype).removeprefix("torch."), group, count) for count in tokens]
         missing = [key for key in keys if every or key not in table.times]
         if missing:
             weight_OI = random_24(outputs, inputs, dtype, device)
@@ -153,10 +156,10 @@ def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | 
     x_MI = torch.randn(key.tokens, key.inputs, device=weight_OI.device).to(weight_OI.dtype)
     workspace = workspace_for(key.outputs, weight_OI)
     wanted = None if ways is None else {"dense", *ways}
-    for path in paths(key.outputs, key.inputs, key.tokens, weight_OI, key.int4, wanted):
+    for path in paths(key.outputs, key.inputs, key.tokens, weight_OI, key.group, wanted):
         kind = COPIES[path.name]
         if kind not in copies:
-            copies[kind] = several(copy_of(kind, weight_OI, key.int4))
+            copies[kind] = several(copy_of(kind, weight_OI, key.group))
             if kind == "fragments":
                 compile_ahead(key, copies[kind][0])
         steps = [partial(product, path, x_MI, copy, workspace) for copy in copies[kind]]
@@ -167,7 +170,7 @@ def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | 
 def compile_ahead(key: Key, copy: Copy) -> None:
     """Compile what the ways on fragments need at once, which takes a fraction of one after another."""
     assert isinstance(copy, Fragments)
-    found = configs(key.outputs, key.inputs, key.tokens, key.int4)
+    found = configs(key.outputs, key.inputs, key.tokens, key.group > 0)
     compile_all(copy, [(config, key.tokens, None) for config in found])
 
 
