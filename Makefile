@@ -33,15 +33,17 @@ engines: .engines/ready
 	$(MAKE) --no-print-directory llama-cpp || echo "llama-cpp-python: no build came about; its tests are skipped"
 	touch $@
 
-# minutes of C++: only what the package loads, for any machine, since pip keeps the wheel. The package's own
+# minutes of C++: only what the package loads, and not for this very processor, since pip keeps the wheel. The package's
 # CMakeLists.txt asks for more through the cache, before which a plain variable goes
 llama-cpp:
 	echo 'set(LLAMA_BUILD_COMMON OFF)' > .engines/llama-cpp.cmake
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/.engines/llama-cpp.cmake" \
 		$(ENGINES)/pip install --quiet --constraint constraints.txt --constraint constraints-engines.txt llama-cpp-python
 
+# what is exported in the last two is read back by any engine at hand
 test-engines: .engines/ready
-	OMP_NUM_THREADS=1 $(ENGINES)/python -m pytest -n 2 --dist loadfile --durations=10 tests/engines
+	OMP_NUM_THREADS=1 $(ENGINES)/python -m pytest -n 2 --dist loadfile --durations=10 \
+		tests/engines tests/test_export.py tests/test_gguf.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
