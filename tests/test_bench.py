@@ -25,7 +25,6 @@ from shearling.evaluate.bench import Bench, Cell, Measured, Prefill, Subject, me
 from shearling.evaluate.energy import EnergyCounter, rapl_counter
 from shearling.evaluate.llama_cpp_engine import LlamaCppEngine
 from shearling.evaluate.torch_engine import TorchEngine
-from shearling.models import _packaged_gguf
 from shearling.report.bench import bench_page
 from shearling.runtime import random_24
 from tests.test_cli import command as command
@@ -527,27 +526,6 @@ def test_what_llama_cpp_cannot_run(tmp_path: Path, llama: FakeLlama) -> None:
         LlamaCppEngine(gguf(tmp_path), torch.device("cuda"))
     with pytest.raises(ShearlingError, match=r"broken\.gguf: llama\.cpp cannot load it"):
         LlamaCppEngine(gguf(tmp_path, "broken.gguf"), torch.device("cpu"))
-
-
-@torch.no_grad()
-def test_llama_cpp_itself_reads_rows_as_transformers_does(smollm2: tuple[Any, Any]) -> None:
-    pytest.importorskip("llama_cpp")
-    engine = LlamaCppEngine(_packaged_gguf(), torch.device("cpu"))
-    model, _ = smollm2
-    assert engine.parameters == sum(parameter.numel() for parameter in model.parameters())
-    engine.prepare(Cell(2, 16, 1))
-    engine.prefill()
-    prompts = torch.randint(engine._words, (2, 16), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
-        engine.decode()
-        fed = torch.tensor([[engine._next.token[row]] for row in range(2)])
-        expected = model(torch.cat([prompts, fed], 1)).logits[:, -1]
-        pointers = (engine._api.llama_get_logits_ith(engine._context, row) for row in range(2))
-        found = torch.stack([torch.tensor(pointer[: engine._words]) for pointer in pointers])
-        # it rounds states to 8 bits before products with rounded weights
-        alike = torch.corrcoef(torch.cat([found, expected]))[:2, 2:]
-        assert alike.diag().min() > 0.99 > alike.fliplr().diag().max()
-    engine.release()
 
 
 @pytest.mark.gpu

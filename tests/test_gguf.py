@@ -61,7 +61,9 @@ def test_transformers_reads_the_model_back(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
 def test_a_rounded_file_is_the_rounded_model(family: str, kind: str, tmp_path: Path) -> None:
     record = export_gguf(tiny_model(family, **even(family)), None, tmp_path / "m.gguf", kind=kind, provenance={})
-    (found,) = record["verified"]
+    # llama.cpp, where it is at hand, rounds states too
+    found = record["verified"][0]
+    assert found["reader"] == "transformers"
     assert found["beyond_rounding"] < 1e-5 < 1e-3 < found["relative"]
 
 
@@ -255,6 +257,13 @@ def test_splitting_has_llama_cpps_names(tmp_path: Path) -> None:
         assert fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1] and fields["tokenizer.ggml.token_type"][-1] == 5
     with pytest.raises(ShearlingError, match=r"splits text in a way without a name"):
         vocabulary(bpe(pre_tokenizers.Whitespace()), tmp_path / "no.gguf")
+
+
+def test_a_vocabulary_without_merges_is_refused(tmp_path: Path) -> None:
+    core = Tokenizer(BPE({"<s>": 0, "a": 1}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(ShearlingError, match="merges nothing"):
+        vocabulary(PreTrainedTokenizerFast(tokenizer_object=core), tmp_path / "m.gguf")
 
 
 def test_sentencepiece_scores_fall_with_the_merges(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_bpe() -> Any:
-    """One token a byte, in the way of GPT-2, for which llama.cpp has rules; leaves room for a token of Qwen2's."""
-    tokens = ["<unk>", "<s>", "</s>", "Ġ", "Ċ", *(chr(code) for code in range(33, 33 + VOCAB - 6))]
-    core = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    """One token a byte and one of two, in the way of GPT-2, for which llama.cpp has rules; one of Qwen2's fits too."""
+    tokens = ["<unk>", "<s>", "</s>", "Ġ", "Ċ", "in", *(chr(code) for code in range(33, 33 + VOCAB - 7))]
+    core = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, [("i", "n")], unk_token="<unk>"))
     core.pre_tokenizer = ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 

@@ -92,7 +92,9 @@ def _by_llama_cpp(file: Path, prompts: list[Tensor], vocab: int) -> list[Tensor]
     from llama_cpp import Llama
 
     longest = max(len(ids) for ids in prompts)
-    engine = Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False)
+    threads = torch.get_num_threads()
+    sizes = {"n_ctx": longest, "n_batch": longest, "n_threads": threads, "n_threads_batch": threads}
+    engine = Llama(str(file), logits_all=True, verbose=False, **sizes)
     found = []
     for ids in prompts:
         engine.reset()

@@ -40,6 +40,8 @@ def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     model, vocabulary = content["model"], tokenizer.get_vocab()
     if model["type"] != "BPE":
         raise ShearlingError(f"GGUF: a tokenizer of type {model['type']} is not written; BPE is")
+    if not model["merges"]:
+        raise ShearlingError("GGUF: the tokenizer merges nothing, and llama.cpp loads no vocabulary without merges")
     if len(vocabulary) > size:
         raise ShearlingError(f"GGUF: the tokenizer has {len(vocabulary)} tokens, the model {size}; use the model's own")
     tokens = [f"[PAD{index}]" for index in range(size)]

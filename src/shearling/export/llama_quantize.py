@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -50,5 +51,12 @@ def _by_package(source: Path, target: Path, kind: str) -> str:
 
     wish = llama_cpp.llama_model_quantize_default_params()
     wish.ftype = K_QUANTS[kind]
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), wish)
+    # it would print several lines a tensor; the package goes by this level
+    log = logging.getLogger("llama-cpp-python")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), wish)
+    finally:
+        log.setLevel(level)
     return f"code {code}" if code else ""
