@@ -1,0 +1,175 @@
+"""Products of a few tokens with 2:4 weights on a CPU: packing for ``expand24.c``, and its calls.
+
+O outputs, I inputs, B blocks of 64 inputs, filled up with zeros. A mask says which 32 inputs of a block stay; their
+values lie packed, and one instruction of AVX-512 puts them in their places. Codes of 4 bits are put there as bytes, and
+vectors of inputs are multiplied by every second (bfloat16) or fourth (float32) of them: byte b of n stands for input
+64 / n b + i of a block where it is byte n i + b of its 64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shearling.errors import ShearlingError
+from shearling.kernels.compact24 import Compact24, Compact24Int4, codes24, fields24, unpack24
+from shearling.kernels.compiled_c import library
+
+#: most tokens of a product
+TOKENS = 16
+#: types of inputs
+DTYPES = (torch.float32, torch.bfloat16)
+_BLOCK, _KEPT = 64, 32
+_SOURCE, _NEEDS = "expand24", ("avx512f", "avx512bw", "avx512vl", "avx512_vbmi2")
+
+
+class Masked24(NamedTuple):
+    """A 2:4 weight as masks and packed values, for inputs of ``dtype``.
+
+    ``values`` [O, 32 B] in that type; or codes (uint8, [O, 16 B]), value i of a block in the low half of byte i and
+    value 16 + i in its high half, with ``scales`` [O, 64 B / group] (float32). ``masks`` [O, 8 B] (uint8), the lowest
+    bit first. ``group`` is 0 without codes.
+    """
+
+    values: Tensor
+    masks: Tensor
+    scales: Tensor | None
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+    group: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense weight, (O, I)."""
+        return self.outputs, self.inputs
+
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory."""
+        return self.values.nbytes + self.masks.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+def obstacle() -> str | None:
+    """What stands in the way of such products on this machine, in one line; None where nothing does."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+def masked24(weight: Compact24 | Compact24Int4) -> Masked24:
+    """The copy of a weight of float32 or bfloat16, or with scales of that type; in groups of 32, 64 or 128 inputs."""
+    group = weight.group if isinstance(weight, Compact24Int4) else 0
+    dtype = weight.scales.dtype if isinstance(weight, Compact24Int4) else weight.values.dtype
+    assert dtype in DTYPES, dtype
+    outputs, inputs = weight.shape
+    codes = codes24(weight) if isinstance(weight, Compact24Int4) else weight
+    missing = -inputs % _BLOCK
+    fields_OG = fields24(codes)
+    # the first of four stays where there are none, twice
+    stays_OI = F.one_hot(fields_OG.long() & 3, 4) + F.one_hot(fields_OG.long() >> 2, 4) > 0
+    stays_OI = F.pad(stays_OI.flatten(1).unflatten(1, (-1, 4)), (0, 0, 0, missing // 4))
+    stays_OI[:, inputs // 4 :, :2] = True
+    dense_OI = F.pad(unpack24(codes), (0, missing))
+    order = _order(dtype, group)
+    stays_OB64 = stays_OI.flatten(1).unflatten(1, (-1, _BLOCK))[..., order]
+    values = dense_OI.unflatten(1, (-1, _BLOCK))[..., order].masked_select(stays_OB64).view(outputs, -1, _KEPT)
+    bits = 2 ** torch.arange(8, dtype=torch.uint8)
+    masks = (stays_OB64.unflatten(-1, (8, 8)) * bits).sum(-1, dtype=torch.uint8).flatten(1)
+    if not isinstance(weight, Compact24Int4):
+        return Masked24(values.flatten(1), masks, None, outputs, inputs, dtype)
+    low, high = (values & 15).to(torch.uint8).unflatten(2, (2, -1)).unbind(2)
+    groups = (inputs + missing) // group
+    scales = F.pad(weight.scales.float(), (0, groups - weight.scales.shape[1])).contiguous()
+    return Masked24((low | high << 4).flatten(1), masks, scales, outputs, inputs, dtype, group)
+
+
+def masked_product(x_MI: Tensor, weight: Masked24) -> Tensor:
+    """``x W^T`` [M, O] of contiguous inputs in the weight's type, summed in float32.
+
+    Raises ShearlingError where ``obstacle`` says that it cannot be.
+    """
+    tokens = x_MI.shape[0]
+    assert x_MI.is_contiguous() and x_MI.dtype == weight.dtype and x_MI.shape[1] == weight.inputs
+    y_MO = torch.empty(tokens, weight.outputs, dtype=weight.dtype)
+    arguments = (x_MI.data_ptr(), y_MO.data_ptr(), tokens, torch.get_num_threads())
+    if _usable().product(ctypes.byref(_weight(weight)), *arguments):
+        raise MemoryError(f"product: no memory for {tokens} x {weight.inputs} inputs")
+    return y_MO
+
+
+def inflated(weight: Masked24) -> Tensor:
+    """The dense weight [O, I] again, in its type; to the bit, where there are no scales. Raises as ``masked_product``."""
+    dense_OI = torch.empty(weight.shape, dtype=weight.dtype)
+    _usable().inflate(ctypes.byref(_weight(weight)), dense_OI.data_ptr(), torch.get_num_threads())
+    return dense_OI
+
+
+def inflated_reference(weight: Masked24) -> Tensor:
+    """What ``inflated`` gives, in plain PyTorch."""
+    bits = 2 ** torch.arange(8, dtype=torch.uint8)
+    stays_OB64 = (weight.masks[..., None] & bits > 0).view(weight.outputs, -1, _BLOCK)
+    values = weight.values
+    if weight.group:
+        codes = values.view(weight.outputs, -1, 1, _KEPT // 2)
+        codes = torch.cat([codes & 15, codes >> 4], 2).int()
+        values = torch.where(codes > 7, codes - 16, codes)
+    dense_OB64 = torch.zeros_like(stays_OB64, dtype=values.dtype).masked_scatter_(stays_OB64, values.flatten())
+    dense_OI = torch.empty_like(dense_OB64)
+    dense_OI[..., _order(weight.dtype, weight.group)] = dense_OB64
+    dense_OI = dense_OI.flatten(1)
+    if weight.scales is not None:
+        dense_OI = dense_OI * weight.scales.repeat_interleave(weight.group, 1)
+    return dense_OI[:, : weight.inputs].to(weight.dtype)
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("values", "masks", "scales")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "blocks")),
+        ("kind", ctypes.c_int),
+        ("group", ctypes.c_int),
+    ]
+
+
+def _weight(weight: Masked24) -> _Weight:
+    kind = DTYPES.index(weight.dtype) + (2 if weight.group else 0)
+    scales = None if weight.scales is None else weight.scales.data_ptr()
+    blocks = -(-weight.inputs // _BLOCK)
+    pointers = weight.values.data_ptr(), weight.masks.data_ptr(), scales
+    return _Weight(*pointers, weight.outputs, weight.inputs, blocks, kind, weight.group)
+
+
+def _order(dtype: torch.dtype, group: int) -> Tensor:
+    """Which input of a block its places are, [64]."""
+    places = torch.arange(_BLOCK)
+    count = 1 if not group else 4 if dtype == torch.float32 else 2
+    return places % count * (_BLOCK // count) + places // count
+
+
+def _usable() -> ctypes.CDLL:
+    found = _library()
+    if isinstance(found, str):
+        raise ShearlingError(found)
+    return found
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    try:
+        found = library(
+            resources.files("shearling.kernels").joinpath(f"{_SOURCE}.c").read_text(), _SOURCE, _NEEDS
+        )
+    except ShearlingError as error:
+        return str(error)
+    weight, place = ctypes.POINTER(_Weight), ctypes.c_void_p
+    found.product.argtypes = [weight, place, place, ctypes.c_int64, ctypes.c_int]
+    found.product.restype = ctypes.c_int
+    found.inflate.argtypes = [weight, place, ctypes.c_int]
+    found.inflate.restype = None
+    return found
