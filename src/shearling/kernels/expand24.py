@@ -1,9 +1,8 @@
 """Products of a few tokens with 2:4 weights on a CPU: packing for ``expand24.c``, and its calls.
 
 O outputs, I inputs, B blocks of 64 inputs, filled up with zeros. A mask says which 32 inputs of a block stay; their
-values lie packed, and one instruction of AVX-512 puts them in their places. Codes of 4 bits are put there as bytes, and
-vectors of inputs are multiplied by every second (bfloat16) or fourth (float32) of them: byte b of n stands for input
-64 / n b + i of a block where it is byte n i + b of its 64.
+values lie packed, and one instruction of AVX-512 puts them in their places. Codes of 4 bits are put there as bytes, of
+which every fourth is looked up for 16 inputs at once: byte 4 i + b of a block's 64 stands for its input 16 b + i.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def masked24(weight: Compact24 | Compact24Int4) -> Masked24:
     stays_OI = F.pad(stays_OI.flatten(1).unflatten(1, (-1, 4)), (0, 0, 0, missing // 4))
     stays_OI[:, inputs // 4 :, :2] = True
     dense_OI = F.pad(unpack24(codes), (0, missing))
-    order = _order(dtype, group)
+    order = _order(group)
     stays_OB64 = stays_OI.flatten(1).unflatten(1, (-1, _BLOCK))[..., order]
     values = dense_OI.unflatten(1, (-1, _BLOCK))[..., order].masked_select(stays_OB64).view(outputs, -1, _KEPT)
     bits = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -95,7 +94,7 @@ def masked_product(x_MI: Tensor, weight: Masked24) -> Tensor:
     Raises ShearlingError where ``obstacle`` says that it cannot be.
     """
     tokens = x_MI.shape[0]
-    assert x_MI.is_contiguous() and x_MI.dtype == weight.dtype and x_MI.shape[1] == weight.inputs
+    assert tokens <= TOKENS and x_MI.is_contiguous() and x_MI.dtype == weight.dtype and x_MI.shape[1] == weight.inputs
     y_MO = torch.empty(tokens, weight.outputs, dtype=weight.dtype)
     arguments = (x_MI.data_ptr(), y_MO.data_ptr(), tokens, torch.get_num_threads())
     if _usable().product(ctypes.byref(_weight(weight)), *arguments):
@@ -121,7 +120,7 @@ def inflated_reference(weight: Masked24) -> Tensor:
         values = torch.where(codes > 7, codes - 16, codes)
     dense_OB64 = torch.zeros_like(stays_OB64, dtype=values.dtype).masked_scatter_(stays_OB64, values.flatten())
     dense_OI = torch.empty_like(dense_OB64)
-    dense_OI[..., _order(weight.dtype, weight.group)] = dense_OB64
+    dense_OI[..., _order(weight.group)] = dense_OB64
     dense_OI = dense_OI.flatten(1)
     if weight.scales is not None:
         dense_OI = dense_OI * weight.scales.repeat_interleave(weight.group, 1)
@@ -132,24 +131,23 @@ class _Weight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("values", "masks", "scales")),
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "blocks")),
-        ("kind", ctypes.c_int),
-        ("group", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("kind", "bfloat16", "group")),
     ]
 
 
 def _weight(weight: Masked24) -> _Weight:
-    kind = DTYPES.index(weight.dtype) + (2 if weight.group else 0)
+    bfloat16 = int(weight.dtype == torch.bfloat16)
+    kind = 2 if weight.group else bfloat16
     scales = None if weight.scales is None else weight.scales.data_ptr()
     blocks = -(-weight.inputs // _BLOCK)
     pointers = weight.values.data_ptr(), weight.masks.data_ptr(), scales
-    return _Weight(*pointers, weight.outputs, weight.inputs, blocks, kind, weight.group)
+    return _Weight(*pointers, weight.outputs, weight.inputs, blocks, kind, bfloat16, weight.group)
 
 
-def _order(dtype: torch.dtype, group: int) -> Tensor:
+def _order(group: int) -> Tensor:
     """Which input of a block its places are, [64]."""
     places = torch.arange(_BLOCK)
-    count = 1 if not group else 4 if dtype == torch.float32 else 2
-    return places % count * (_BLOCK // count) + places // count
+    return places % 4 * 16 + places // 4 if group else places
 
 
 def _usable() -> ctypes.CDLL:
