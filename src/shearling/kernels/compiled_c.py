@@ -1,4 +1,4 @@
-"""C compiled when it is first used, by the machine's own compiler for its own processor, and kept in the cache folder."""
+"""C compiled when it is first used, by the machine's compiler and for its processor, and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _DIGEST = hashlib.sha256().digest_size
 
 def cpu_flags() -> frozenset[str]:
     """What the processor can do, as Linux names it; nothing on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(found.partition(":")[2].split())
+    return frozenset(_described("flags").split())
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it; empty on other systems."""
+    return _described("model name")
 
 
 def library(source: str, name: str, needs: Collection[str]) -> ctypes.CDLL:
@@ -54,6 +54,14 @@ def library(source: str, name: str, needs: Collection[str]) -> ctypes.CDLL:
         return ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError) as error:
         raise ShearlingError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def _described(what: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
 
 
 def _compiler(name: str) -> str:

@@ -186,6 +186,7 @@ static float *arranged(const Weight *weight, const void *x, int64_t tokens) {
 
 // y [tokens, outputs] = x [tokens, inputs] W^T for up to 16 tokens; anything but 0 without memory for the inputs
 int product(const Weight *weight, const void *x, void *y, int64_t tokens, int threads) {
+    if (!tokens) return 0;
     float *inputs = arranged(weight, x, tokens);
     if (!inputs) return 1;
     const Some some = some_of(weight);

@@ -25,6 +25,8 @@ TOKENS = 16
 #: types of inputs
 DTYPES = (torch.float32, torch.bfloat16)
 _BLOCK, _KEPT = 64, 32
+#: a field of positions 0 and 1
+_NOWHERE = 4
 _SOURCE, _NEEDS = "expand24", ("avx512f", "avx512bw", "avx512vl", "avx512_vbmi2")
 
 
@@ -69,14 +71,13 @@ def masked24(weight: Compact24 | Compact24Int4) -> Masked24:
     outputs, inputs = weight.shape
     codes = codes24(weight) if isinstance(weight, Compact24Int4) else weight
     missing = -inputs % _BLOCK
-    fields_OG = fields24(codes)
-    # the first of four stays where there are none, twice
-    stays_OI = F.one_hot(fields_OG.long() & 3, 4) + F.one_hot(fields_OG.long() >> 2, 4) > 0
-    stays_OI = F.pad(stays_OI.flatten(1).unflatten(1, (-1, 4)), (0, 0, 0, missing // 4))
-    stays_OI[:, inputs // 4 :, :2] = True
+    # of groups that are not there any two stay, so that all blocks have as many values
+    fields_OG = F.pad(fields24(codes).to(torch.uint8), (0, missing // 4), value=_NOWHERE)
+    one = torch.ones((), dtype=torch.uint8)
+    stays_OG4 = (one << (fields_OG & 3) | one << (fields_OG >> 2))[..., None] >> torch.arange(4, dtype=torch.uint8) & 1
     dense_OI = F.pad(unpack24(codes), (0, missing))
     order = _order(group)
-    stays_OB64 = stays_OI.flatten(1).unflatten(1, (-1, _BLOCK))[..., order]
+    stays_OB64 = stays_OG4.bool().flatten(1).unflatten(1, (-1, _BLOCK))[..., order]
     values = dense_OI.unflatten(1, (-1, _BLOCK))[..., order].masked_select(stays_OB64).view(outputs, -1, _KEPT)
     bits = 2 ** torch.arange(8, dtype=torch.uint8)
     masks = (stays_OB64.unflatten(-1, (8, 8)) * bits).sum(-1, dtype=torch.uint8).flatten(1)
@@ -103,7 +104,7 @@ def masked_product(x_MI: Tensor, weight: Masked24) -> Tensor:
 
 
 def inflated(weight: Masked24) -> Tensor:
-    """The dense weight [O, I] again, in its type; to the bit, where there are no scales. Raises as ``masked_product``."""
+    """The dense weight [O, I] again, in its type; to the bit where there are no scales. Raises as the product."""
     dense_OI = torch.empty(weight.shape, dtype=weight.dtype)
     _usable().inflate(ctypes.byref(_weight(weight)), dense_OI.data_ptr(), torch.get_num_threads())
     return dense_OI
@@ -160,9 +161,7 @@ def _usable() -> ctypes.CDLL:
 @cache
 def _library() -> ctypes.CDLL | str:
     try:
-        found = library(
-            resources.files("shearling.kernels").joinpath(f"{_SOURCE}.c").read_text(), _SOURCE, _NEEDS
-        )
+        found = library(resources.files("shearling.kernels").joinpath(f"{_SOURCE}.c").read_text(), _SOURCE, _NEEDS)
     except ShearlingError as error:
         return str(error)
     weight, place = ctypes.POINTER(_Weight), ctypes.c_void_p
