@@ -302,7 +302,7 @@ def test_ways_take_turns_over_all_copies():
     ways = {way: [lambda way=way, n=n: done.append((way, n)) for n in range(3)] for way in "ab"}
     times = interleaved(ways, 3)
     # one each to begin with
-    assert done[2:8] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert done[2:8] == [("a", 0), ("b", 1), ("a", 1), ("b", 2), ("a", 2), ("b", 0)]
     assert times.keys() == {"a", "b"} and all(t.low <= t.seconds <= t.high for t in times.values())
 
 

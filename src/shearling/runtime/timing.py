@@ -75,17 +75,18 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
 def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, Timing]:
     """Times of several ways on a CPU, a step of each in turn, so that what else the machine does hits all alike.
 
-    Ways that are many times as slow as the fastest are left out of most rounds.
+    They begin at different steps, since two of them may read the same copy. Ways that are many times as slow as the
+    fastest are left out of most rounds.
     """
     times: dict[Way, list[float]] = {way: [] for way in ways}
     for steps in ways.values():
         steps[-1]()
     for replay in range(replays):
         least = min((min(found) for found in times.values() if found), default=0.0)
-        for way, steps in ways.items():
+        for place, (way, steps) in enumerate(ways.items()):
             if replay >= TRIALS and min(times[way]) > _HOPELESS * least:
                 continue
-            step = steps[replay % len(steps)]
+            step = steps[(replay + place * len(steps) // len(ways)) % len(steps)]
             start = time.perf_counter()
             step()
             times[way].append(time.perf_counter() - start)
