@@ -209,19 +209,37 @@ int product(const Weight *weight, const void *x, void *y, int64_t tokens, int th
     return 0;
 }
 
+// the nearest bfloat16, to even, of numbers that are finite
+INLINE __m512i rounded(__m512 numbers) {
+    const __m512i bits = _mm512_castps_si512(numbers);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+}
+
 // a row of `inflate`, a block at a time
 INLINE void dense_row(int kind, const Weight *weight, int64_t row, void *dense) {
     for (int64_t block = 0; block < weight->blocks; block++) {
         const int64_t at = row * weight->blocks + block, left = weight->inputs - block * BLOCK;
-        const int64_t to = row * weight->inputs + block * BLOCK, size = left < BLOCK ? left : BLOCK;
-        float weights[BLOCK];
-        expanded(kind, weight->values + at * block_bytes(kind), weight->masks + at * 8, (__m512 *)weights);
-        for (int64_t i = 0; i < size; i++) {
-            // where `expanded` has it
-            float value = weights[kind == BFLOAT16 ? i / 32 * 32 + i % 2 * 16 + i % 32 / 2 : i];
-            if (kind == INT4) value *= weight->scales[(at * BLOCK + i) / weight->group];
-            if (weight->bfloat16) ((uint16_t *)dense)[to + i] = to_bfloat16(value);
-            else ((float *)dense)[to + i] = value;
+        const int64_t to = row * weight->inputs + block * BLOCK;
+        const __mmask64 mask = left >= BLOCK ? ~0ull : (1ull << left) - 1;
+        __m512 weights[PARTS];
+        expanded(kind, weight->values + at * block_bytes(kind), weight->masks + at * 8, weights);
+        if (kind == INT4)
+            UNROLL for (int p = 0; p < PARTS; p++) {
+                const float scale = weight->scales[(at * BLOCK + 16 * p) / weight->group];
+                weights[p] = _mm512_mul_ps(weights[p], _mm512_set1_ps(scale));
+            }
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            uint16_t *words = (uint16_t *)dense + to + 16 * p;
+            if (!weight->bfloat16)
+                _mm512_mask_storeu_ps((float *)dense + to + 16 * p, (__mmask16)(mask >> 16 * p), weights[p]);
+            else if (kind == INT4)
+                _mm512_mask_cvtepi32_storeu_epi16(words, (__mmask16)(mask >> 16 * p), rounded(weights[p]));
+            else if (p % 2 == 0) {
+                const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(weights[p]), 16);
+                const __m512i odd = _mm512_castps_si512(weights[p + 1]);
+                _mm512_mask_storeu_epi16(words, (__mmask32)(mask >> 16 * p), _mm512_or_si512(even, odd));
+            }
         }
     }
 }

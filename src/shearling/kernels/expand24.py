@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shearling.errors import ShearlingError
-from shearling.kernels.compact24 import Compact24, Compact24Int4, codes24, fields24, unpack24
+from shearling.kernels.compact24 import Compact24, Compact24Int4, codes24, fields24
 from shearling.kernels.compiled_c import library
 
 #: most tokens of a product
@@ -68,24 +68,22 @@ def masked24(weight: Compact24 | Compact24Int4) -> Masked24:
     group = weight.group if isinstance(weight, Compact24Int4) else 0
     dtype = weight.scales.dtype if isinstance(weight, Compact24Int4) else weight.values.dtype
     assert dtype in DTYPES, dtype
-    outputs, inputs = weight.shape
+    (outputs, inputs), missing = weight.shape, -weight.shape[1] % _BLOCK
     codes = codes24(weight) if isinstance(weight, Compact24Int4) else weight
-    missing = -inputs % _BLOCK
     # of groups that are not there any two stay, so that all blocks have as many values
     fields_OG = F.pad(fields24(codes).to(torch.uint8), (0, missing // 4), value=_NOWHERE)
     one = torch.ones((), dtype=torch.uint8)
-    stays_OG4 = (one << (fields_OG & 3) | one << (fields_OG >> 2))[..., None] >> torch.arange(4, dtype=torch.uint8) & 1
-    dense_OI = F.pad(unpack24(codes), (0, missing))
-    order = _order(group)
-    stays_OB64 = stays_OG4.bool().flatten(1).unflatten(1, (-1, _BLOCK))[..., order]
-    values = dense_OI.unflatten(1, (-1, _BLOCK))[..., order].masked_select(stays_OB64).view(outputs, -1, _KEPT)
-    bits = 2 ** torch.arange(8, dtype=torch.uint8)
-    masks = (stays_OB64.unflatten(-1, (8, 8)) * bits).sum(-1, dtype=torch.uint8).flatten(1)
+    stays_OG = one << (fields_OG & 3) | one << (fields_OG >> 2)
     if not isinstance(weight, Compact24Int4):
-        return Masked24(values.flatten(1), masks, None, outputs, inputs, dtype)
-    low, high = (values & 15).to(torch.uint8).unflatten(2, (2, -1)).unbind(2)
-    groups = (inputs + missing) // group
-    scales = F.pad(weight.scales.float(), (0, groups - weight.scales.shape[1])).contiguous()
+        masks = stays_OG[:, ::2] | stays_OG[:, 1::2] << 4
+        return Masked24(F.pad(codes.values, (0, missing // 2)), masks, None, outputs, inputs, dtype)
+    stays_OI = (stays_OG[..., None] >> torch.arange(4, dtype=torch.uint8) & 1).bool().flatten(1)
+    kept = F.pad(codes.values & 15, (0, missing // 2)).to(torch.uint8)
+    dense_OI = torch.zeros_like(stays_OI, dtype=torch.uint8).masked_scatter_(stays_OI, kept)
+    stays_OB = _in_places(stays_OI)
+    low, high = _in_places(dense_OI).masked_select(stays_OB).view(outputs, -1, 2, _KEPT // 2).unbind(2)
+    masks = (stays_OB.unflatten(1, (-1, 8)) * _bits()).sum(-1, dtype=torch.uint8)
+    scales = F.pad(weight.scales.float(), (0, (inputs + missing) // group - weight.scales.shape[1])).contiguous()
     return Masked24((low | high << 4).flatten(1), masks, scales, outputs, inputs, dtype, group)
 
 
@@ -112,17 +110,15 @@ def inflated(weight: Masked24) -> Tensor:
 
 def inflated_reference(weight: Masked24) -> Tensor:
     """What ``inflated`` gives, in plain PyTorch."""
-    bits = 2 ** torch.arange(8, dtype=torch.uint8)
-    stays_OB64 = (weight.masks[..., None] & bits > 0).view(weight.outputs, -1, _BLOCK)
+    stays_OB = (weight.masks[..., None] & _bits() > 0).flatten(1)
     values = weight.values
     if weight.group:
         codes = values.view(weight.outputs, -1, 1, _KEPT // 2)
         codes = torch.cat([codes & 15, codes >> 4], 2).int()
         values = torch.where(codes > 7, codes - 16, codes)
-    dense_OB64 = torch.zeros_like(stays_OB64, dtype=values.dtype).masked_scatter_(stays_OB64, values.flatten())
-    dense_OI = torch.empty_like(dense_OB64)
-    dense_OI[..., _order(weight.group)] = dense_OB64
-    dense_OI = dense_OI.flatten(1)
+    dense_OI = torch.zeros_like(stays_OB, dtype=values.dtype).masked_scatter_(stays_OB, values.flatten())
+    if weight.group:
+        dense_OI = dense_OI.unflatten(1, (-1, 16, 4)).transpose(2, 3).flatten(1)
     if weight.scales is not None:
         dense_OI = dense_OI * weight.scales.repeat_interleave(weight.group, 1)
     return dense_OI[:, : weight.inputs].to(weight.dtype)
@@ -145,10 +141,13 @@ def _weight(weight: Masked24) -> _Weight:
     return _Weight(*pointers, weight.outputs, weight.inputs, blocks, kind, bfloat16, weight.group)
 
 
-def _order(group: int) -> Tensor:
-    """Which input of a block its places are, [64]."""
-    places = torch.arange(_BLOCK)
-    return places % 4 * 16 + places // 4 if group else places
+def _in_places(dense_OI: Tensor) -> Tensor:
+    """Of whole blocks, in the order of the bytes that codes are put in."""
+    return dense_OI.unflatten(1, (-1, 4, 16)).transpose(2, 3).flatten(1)
+
+
+def _bits() -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8)
 
 
 def _usable() -> ctypes.CDLL:
