@@ -15,7 +15,7 @@ from pathlib import Path
 from shearling.errors import ShearlingError
 from shearling.models import cache_folder
 
-#: OpenMP is the one that PyTorch has loaded, whose threads are shared
+#: where PyTorch has loaded an OpenMP of the same name, its threads are shared
 OPTIONS = ("-O3", "-march=native", "-shared", "-fPIC", "-fopenmp")
 _COMPILERS = ("cc", "gcc", "clang")
 #: bytes of a digest behind a library, which a loader does not look at: a damaged one would end the process

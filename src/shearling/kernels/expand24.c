@@ -10,7 +10,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { BLOCK = 64, ROWS = 4, MOST = 8, AHEAD = 12 };
+// inputs of a block, outputs that share a load of inputs, most tokens that share a load of weights
+enum { BLOCK = 64, ROWS = 4, MOST = 8 };
 // vectors of float32 that a block has
 enum { PARTS = BLOCK / 16 };
 enum kind { FLOAT32, BFLOAT16, INT4 };
@@ -86,8 +87,6 @@ INLINE void rows_of(int kind, int group, int rows, int tokens, const Weight *wei
             UNROLL for (int b = 0; b < step; b++) {
                 const uint8_t *v = values + r * value_stride + (block + b) * block_bytes(kind);
                 __m512 weights[PARTS];
-                _mm_prefetch((const char *)v + 64 * AHEAD, _MM_HINT_T0);
-                if (kind == FLOAT32) _mm_prefetch((const char *)v + 64 * AHEAD + 64, _MM_HINT_T0);
                 expanded(kind, v, masks + r * mask_stride + (block + b) * 8, weights);
                 UNROLL for (int p = 0; p < PARTS; p++) {
                     const float *at = x + ((block + b) * PARTS + p) * tokens * 16;
