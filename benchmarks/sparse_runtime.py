@@ -12,7 +12,8 @@ takes ("fallback"), and sums them over a layer; rows "each alone" do without the
 writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer). ``--ways`` times only some.
 
 On a CPU (``--device cpu``) the third has dense, our kernel, that with values in 4 bits, and what the table takes, in
-float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold.
+float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold; "least"
+is the shortest of the replays and "of least" its ratio, for a machine that does other work too.
 
 On a GPU every number is of a CUDA graph that goes round over as many copies of a weight as leave none of it in L2:
 the median of the replays, with their tenth and ninetieth hundredths. ``--quick`` takes tiny shapes, to try it out.
@@ -55,6 +56,7 @@ from shearling.runtime import (
 )
 from shearling.runtime.paths import bytes_of
 from shearling.runtime.table import several, timed_ways, workspace_for
+from shearling.runtime.timing import interleaved, summary
 
 #: linears of a layer as (outputs, inputs), and how many there are
 LAYERS = {
@@ -72,7 +74,22 @@ OURS = ("lanes", "tiles", "mma", "expand")
 FEW = (1, 2, 4, 8, 16)
 #: inputs that share a scale in 4 bits, and where these do not fill a weight's inputs
 GROUP, SMALL_GROUP = 128, 64
-COLUMNS = ["what", "dtype", "shape", "tokens", "way", "us", "low", "high", "ratio", "bytes", "device"]
+Seconds = dict[tuple[str, tuple[int, int], int], float]
+COLUMNS = [
+    "what",
+    "dtype",
+    "shape",
+    "tokens",
+    "way",
+    "us",
+    "low",
+    "high",
+    "ratio",
+    "least",
+    "of least",
+    "bytes",
+    "device",
+]
 
 
 def group_of(shape: tuple[int, int]) -> int:
@@ -212,7 +229,8 @@ def report(bench: Bench, what: str, shape: Any, tokens: int, path: Path | None, 
 
 def shapes(bench: Bench) -> None:
     """All rows of all shapes, then their sums over layers."""
-    found: dict[tuple[str, tuple[int, int], int], float] = {}
+    found: Seconds = {}
+    found_least: Seconds = {}
     for shape in bench.shapes:
         # what has not been tuned for as many tokens has few ways
         measure_table(
@@ -257,12 +275,20 @@ def shapes(bench: Bench) -> None:
                 beside = [fresh(branches[added]) if added else None for _ in of]
                 steps[what] = [partial(product, path, x_MI, c, workspace, b) for c, b in zip(of, beside, strict=True)]
                 size[what] = bytes_of(of[0]) + branch_bytes(path, beside[0])
-            timings = timed_ways(steps, bench.device, bench.replays)
+            least: dict[str, float] = {}
+            if bench.gpu:
+                timings = timed_ways(steps, bench.device, bench.replays)
+            else:
+                seconds = interleaved(steps, bench.replays)
+                timings = {what: summary(times) for what, times in seconds.items()}
+                least = {what: min(times) for what, times in seconds.items()}
             for what, path, _, _ in rows:
                 found[what, shape, tokens] = timings[what].seconds
                 dense = timings["dense"].seconds
-                report(bench, what, shape, tokens, path, timings[what], dense, bytes=size[what])
-    sums(bench, found)
+                more = {"least": least[what] * 1e6, "of least": least["dense"] / least[what]} if least else {}
+                found_least[what, shape, tokens] = least.get(what, 0.0)
+                report(bench, what, shape, tokens, path, timings[what], dense, bytes=size[what], **more)
+    sums(bench, found, found_least)
 
 
 def fresh(branch: Branch) -> Branch:
@@ -321,18 +347,21 @@ def alone(path: Path | None) -> Path | None:
     return Path(path.name, tuple(Config(*path.option)._replace(early=False)))  # pyrefly: ignore[bad-argument-type]
 
 
-def sums(bench: Bench, found: dict[tuple[str, tuple[int, int], int], float]) -> None:
+def sums(bench: Bench, found: Seconds, found_least: Seconds) -> None:
     """Rows of a whole layer's linears, where all of them have been timed."""
     for model, layer in bench.layers.items():
         totals: dict[tuple[str, int], float] = defaultdict(float)
+        least: dict[tuple[str, int], float] = defaultdict(float)
         seen: dict[tuple[str, int], int] = defaultdict(int)
         for (what, shape, tokens), seconds in found.items():
             if shape in layer:
                 totals[what, tokens] += seconds * layer[shape]
+                least[what, tokens] += found_least[what, shape, tokens] * layer[shape]
                 seen[what, tokens] += 1
         for (what, tokens), seconds in sorted(totals.items(), key=lambda item: item[0][1]):
             if seen[what, tokens] == len(layer):
-                dense = totals["dense", tokens]
+                dense, shortest = totals["dense", tokens], least[what, tokens]
+                more = {"least": shortest * 1e6, "of least": least["dense", tokens] / shortest} if shortest else {}
                 bench.rows.add(
                     what=what,
                     dtype=bench.dtype_name,
@@ -341,6 +370,7 @@ def sums(bench: Bench, found: dict[tuple[str, tuple[int, int], int], float]) -> 
                     way="sum",
                     us=seconds * 1e6,
                     ratio=dense / seconds,
+                    **more,
                 )
 
 

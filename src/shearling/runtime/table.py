@@ -20,7 +20,7 @@ from shearling.kernels.product24 import Fragments, compile_all, configs
 from shearling.models import cache_folder
 from shearling.plan import write_whole
 from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
-from shearling.runtime.timing import Timing, cpu_rounds, interleaved, rounds, timed
+from shearling.runtime.timing import Timing, cpu_rounds, interleaved, rounds, summary, timed
 
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
@@ -181,7 +181,7 @@ def timed_ways(
 ) -> dict[Which, Timing]:
     """Times of ways: on a GPU one after another, on a CPU in turns."""
     if device.type == "cpu":
-        return interleaved(steps, replays)
+        return {way: summary(times) for way, times in interleaved(steps, replays).items()}
     return {way: timed(of, device, replays) for way, of in steps.items()}
 
 

@@ -47,7 +47,7 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
     Raises ShearlingError for steps that cannot be captured.
     """
     if device.type != "cuda":
-        return interleaved({None: steps}, replays)[None]
+        return summary(interleaved({None: steps}, replays)[None])
     # compiles, plans and allocates, on a stream of its own as capturing wants it
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -69,11 +69,11 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
         graph.replay()
         end.record()
     torch.cuda.synchronize(device)
-    return _summary([a.elapsed_time(b) / 1000 / len(steps) for a, b in zip(starts, ends, strict=True)])
+    return summary([a.elapsed_time(b) / 1000 / len(steps) for a, b in zip(starts, ends, strict=True)])
 
 
-def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, Timing]:
-    """Times of several ways on a CPU, a step of each in turn, so that what else the machine does hits all alike.
+def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, list[float]]:
+    """Seconds of steps of several ways on a CPU, a step of each in turn, so that what else the machine does hits all alike.
 
     They begin at different steps, since two of them may read the same copy. Ways that are many times as slow as the
     fastest are left out of most rounds.
@@ -90,10 +90,11 @@ def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int
             start = time.perf_counter()
             step()
             times[way].append(time.perf_counter() - start)
-    return {way: _summary(found) for way, found in times.items()}
+    return times
 
 
-def _summary(times: list[float]) -> Timing:
+def summary(times: list[float]) -> Timing:
+    """The median of seconds, and their tenth and ninetieth hundredths."""
     if len(times) == 1:
         return Timing(times[0], times[0], times[0])
     tenths = statistics.quantiles(times, n=10, method="inclusive")
