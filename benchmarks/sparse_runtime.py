@@ -12,8 +12,8 @@ takes ("fallback"), and sums them over a layer; rows "each alone" do without the
 writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer). ``--ways`` times only some.
 
 On a CPU (``--device cpu``) the third has dense, our kernel, that with values in 4 bits, and what the table takes, in
-float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold; "least"
-is the shortest of the replays and "of least" its ratio, for a machine that does other work too.
+float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold.
+"least" is the shortest of the replays and "of least" its ratio, for a machine that does other work too.
 
 On a GPU every number is of a CUDA graph that goes round over as many copies of a weight as leave none of it in L2:
 the median of the replays, with their tenth and ninetieth hundredths. ``--quick`` takes tiny shapes, to try it out.

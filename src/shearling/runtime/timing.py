@@ -73,9 +73,9 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
 
 
 def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, list[float]]:
-    """Seconds of steps of several ways on a CPU, a step of each in turn, so that what else the machine does hits all alike.
+    """Seconds of steps of several ways on a CPU.
 
-    They begin at different steps, since two of them may read the same copy. Ways that are many times as slow as the
+    A step of each comes in turn, so that what else the machine does hits all alike. They begin at different steps, since two of them may read the same copy. Ways that are many times as slow as the
     fastest are left out of most rounds.
     """
     times: dict[Way, list[float]] = {way: [] for way in ways}
