@@ -153,8 +153,8 @@ static Some some_of(const Weight *weight) {
     return weight->group == 32 ? int4_32 : weight->group == 64 ? int4_64 : int4_128;
 }
 
-// inputs in float32 in the order of `expanded`, filled up with zeros, vectors of tokens that are multiplied at once side
-// by side; null without memory
+// inputs in float32 in the order of `expanded`, filled up with zeros, vectors of tokens that are multiplied at once
+// side by side; null without memory
 static float *arranged(const Weight *weight, const void *x, int64_t tokens) {
     const int64_t inputs = weight->inputs;
     float *all = aligned_alloc(64, tokens * weight->blocks * BLOCK * sizeof(float)), *to = all;

@@ -75,8 +75,8 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
 def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, list[float]]:
     """Seconds of steps of several ways on a CPU.
 
-    A step of each comes in turn, so that what else the machine does hits all alike. They begin at different steps, since two of them may read the same copy. Ways that are many times as slow as the
-    fastest are left out of most rounds.
+    A step of each comes in turn, so that what else the machine does hits all alike. They begin at different steps, as
+    two may read the same copy. Ways that are many times as slow as the fastest are left out of most rounds.
     """
     times: dict[Way, list[float]] = {way: [] for way in ways}
     for steps in ways.values():
