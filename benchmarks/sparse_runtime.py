@@ -11,6 +11,10 @@ cuSPARSELt, our kernels, those with a low-rank branch and those in 4 bits, by th
 takes ("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. The fourth
 writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer). ``--ways`` times only some.
 
+On a CPU (``--device cpu``) the third has dense, our kernel, that with values in 4 bits, and what the table takes, in
+float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold.
+"least" is the shortest of the replays and "of least" its ratio, for a machine that does other work too.
+
 On a GPU every number is of a CUDA graph that goes round over as many copies of a weight as leave none of it in L2:
 the median of the replays, with their tenth and ninetieth hundredths. ``--quick`` takes tiny shapes, to try it out.
 """
@@ -30,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 from shearling.evaluate.decode import greedy_step
 from shearling.evaluate.speed import captured_step
 from shearling.export.compact import block_weights
+from shearling.kernels.compiled_c import processor
 from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import Config, compile_all, configs
 from shearling.methods.slorb import block_mean
@@ -50,20 +55,46 @@ from shearling.runtime import (
     timed,
 )
 from shearling.runtime.paths import bytes_of
-from shearling.runtime.table import several, workspace_for
+from shearling.runtime.table import several, timed_ways, workspace_for
+from shearling.runtime.timing import interleaved, summary
 
 #: linears of a layer as (outputs, inputs), and how many there are
 LAYERS = {
     "LLaMA-2-7B": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
     "Llama-3-8B": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
 }
+#: of a CPU
+SMALL_LAYERS = {
+    "LLaMA-2-7B": LAYERS["LLaMA-2-7B"],
+    "SmolLM2-135M": {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1},
+}
 TINY = {"tiny": {(64, 256): 2, (32, 384): 1}}
 #: names of ways that are ours
-OURS = ("lanes", "tiles", "mma")
+OURS = ("lanes", "tiles", "mma", "expand")
 FEW = (1, 2, 4, 8, 16)
-#: inputs that share a scale in 4 bits
-GROUP = 128
-COLUMNS = ["what", "shape", "tokens", "way", "us", "low", "high", "ratio", "bytes", "device"]
+#: inputs that share a scale in 4 bits, and where these do not fill a weight's inputs
+GROUP, SMALL_GROUP = 128, 64
+Seconds = dict[tuple[str, tuple[int, int], int], float]
+COLUMNS = [
+    "what",
+    "dtype",
+    "shape",
+    "tokens",
+    "way",
+    "us",
+    "low",
+    "high",
+    "ratio",
+    "least",
+    "of least",
+    "bytes",
+    "device",
+]
+
+
+def group_of(shape: tuple[int, int]) -> int:
+    """Inputs that share a scale of such a weight in 4 bits."""
+    return SMALL_GROUP if shape[1] % GROUP else GROUP
 
 
 class Bench:
@@ -72,13 +103,15 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
         self.gpu = self.device.type == "cuda"
+        self.dtypes = (torch.bfloat16,) if self.gpu or args.end_to_end else (torch.float32, torch.bfloat16)
         self.dtype = torch.bfloat16
-        self.layers = TINY if args.quick else LAYERS
-        self.tokens: tuple[int, ...] = tuple(args.tokens or ((1, 2, 16) if args.quick else TOKENS))
+        self.layers = TINY if args.quick else LAYERS if self.gpu else SMALL_LAYERS
+        few = (1, 2, 16) if args.quick else TOKENS if self.gpu else (1, 4)
+        self.tokens: tuple[int, ...] = tuple(args.tokens or few)
         self.replays = 3 if args.quick else 100
         self.ways: list[str] | None = args.ways
         self.file: File | None = args.table
-        name = device_name(self.device)
+        name = device_name(self.device) if self.gpu else f"{device_name(self.device)}, {processor()}"
         self.table = Table.load(args.table) if args.table and args.table.exists() else Table(name, torch.__version__)
         if self.table.device != name:
             raise SystemExit(f"{args.table}: was measured on {self.table.device}, this is {name}")
@@ -90,7 +123,11 @@ class Bench:
         return list(dict.fromkeys(shape for layer in self.layers.values() for shape in layer))
 
     def key(self, shape: tuple[int, int], tokens: int, group: int = 0) -> Key:
-        return Key(*shape, str(self.dtype).removeprefix("torch."), group, tokens)
+        return Key(*shape, self.dtype_name, group, tokens)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def keep(self) -> None:
         if self.file is not None:
@@ -113,11 +150,12 @@ def check(bench: Bench) -> None:
             "low rank": branch_of(*low, kinds),
         }
         workspace = workspace_for(shape[0], weight_OI)
-        for group in (0, GROUP):
-            copies: Any = {kind: copy_of(kind, weight_OI, group) for kind in ("dense", "compact", "fragments")}
+        for group in (0, group_of(shape)):
+            copies: Any = {"dense": copy_of("dense", weight_OI, group)}
             few = [count for count in bench.tokens if count <= max(FEW)]
             ups = [None if branch is None else branch.fragments for branch in branches.values()]
             if obstacle(bench.device) is None:
+                copies["fragments"] = copy_of("fragments", weight_OI, group)
                 compile_all(
                     copies["fragments"], [(c, m, up) for m in few for c in configs(*shape, m, group > 0) for up in ups]
                 )
@@ -140,8 +178,10 @@ def check(bench: Bench) -> None:
                             wrong += 1
                             way = " ".join(map(str, (path.name, *path.option)))
                             what = f"WRONG {what} {group=}"
-                            bench.rows.add(what=what, shape=shape, tokens=tokens, way=way, ratio=error)
-        print(f"# {shape}: checked, {wrong} wrong so far", flush=True)
+                            bench.rows.add(
+                                what=what, dtype=bench.dtype_name, shape=shape, tokens=tokens, way=way, ratio=error
+                            )
+        print(f"# {shape} {bench.dtype_name}: checked, {wrong} wrong so far", flush=True)
     if wrong:
         raise SystemExit(f"{wrong} products are wrong")
 
@@ -149,7 +189,7 @@ def check(bench: Bench) -> None:
 def tune(bench: Bench) -> None:
     """Every way for few tokens; the best three of ours are printed beside dense."""
     for shape in bench.shapes:
-        for group in (0, GROUP):
+        for group in (0, group_of(shape)):
             for tokens in [count for count in bench.tokens if count <= max(FEW)]:
                 measure_table(
                     [shape],
@@ -166,7 +206,7 @@ def tune(bench: Bench) -> None:
                 dense = found[Path("dense")]
                 ranked = sorted(found.items(), key=lambda pair: pair[1].seconds)
                 for path, timing in [(Path("dense"), dense), *[p for p in ranked if p[0].name in OURS][:3]]:
-                    report(bench, "INT4" if group else "bf16", shape, tokens, path, timing, dense.seconds)
+                    report(bench, "INT4" if group else "2:4", shape, tokens, path, timing, dense.seconds)
         bench.keep()
 
 
@@ -174,6 +214,7 @@ def report(bench: Bench, what: str, shape: Any, tokens: int, path: Path | None, 
     """A row; ``ratio`` is how many times as fast as dense."""
     bench.rows.add(
         what=what,
+        dtype=bench.dtype_name,
         shape="x".join(map(str, shape)) if isinstance(shape, tuple) else shape,
         tokens=tokens,
         way="" if path is None else " ".join(map(str, (path.name, *path.option))),
@@ -188,7 +229,8 @@ def report(bench: Bench, what: str, shape: Any, tokens: int, path: Path | None, 
 
 def shapes(bench: Bench) -> None:
     """All rows of all shapes, then their sums over layers."""
-    found: dict[tuple[str, tuple[int, int], int], float] = {}
+    found: Seconds = {}
+    found_least: Seconds = {}
     for shape in bench.shapes:
         # what has not been tuned for as many tokens has few ways
         measure_table(
@@ -206,7 +248,7 @@ def shapes(bench: Bench) -> None:
                 [shape],
                 device=bench.device,
                 dtype=bench.dtype,
-                group=GROUP,
+                group=group_of(shape),
                 tokens=few,
                 table=bench.table,
                 replays=20,
@@ -223,20 +265,30 @@ def shapes(bench: Bench) -> None:
         copies: dict[tuple[str, int], list[Any]] = {}
         for tokens in bench.tokens:
             x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
-            for what, path, group, added in variants(bench, shape, tokens):
-                kind = COPIES[path.name]
-                if (kind, group) not in copies:
-                    copies[kind, group] = several(copy_of(kind, weight_OI, group))
-                beside = [fresh(branches[added]) if added else None for _ in copies[kind, group]]
-                steps = [
-                    partial(product, path, x_MI, c, workspace, b)
-                    for c, b in zip(copies[kind, group], beside, strict=True)
-                ]
-                timing = timed(steps, bench.device, bench.replays)
-                found[what, shape, tokens] = timing.seconds
-                size = bytes_of(copies[kind, group][0]) + branch_bytes(path, beside[0])
-                report(bench, what, shape, tokens, path, timing, found["dense", shape, tokens], bytes=size)
-    sums(bench, found)
+            rows = variants(bench, shape, tokens)
+            wanted = dict.fromkeys((COPIES[path.name], group) for _, path, group, _ in rows)
+            missing = [pair for pair in wanted if pair not in copies]
+            copies |= several({pair: copy_of(pair[0], weight_OI, pair[1]) for pair in missing})
+            steps, size = {}, {}
+            for what, path, group, added in rows:
+                of = copies[COPIES[path.name], group]
+                beside = [fresh(branches[added]) if added else None for _ in of]
+                steps[what] = [partial(product, path, x_MI, c, workspace, b) for c, b in zip(of, beside, strict=True)]
+                size[what] = bytes_of(of[0]) + branch_bytes(path, beside[0])
+            least: dict[str, float] = {}
+            if bench.gpu:
+                timings = timed_ways(steps, bench.device, bench.replays)
+            else:
+                seconds = interleaved(steps, bench.replays)
+                timings = {what: summary(times) for what, times in seconds.items()}
+                least = {what: min(times) for what, times in seconds.items()}
+            for what, path, _, _ in rows:
+                found[what, shape, tokens] = timings[what].seconds
+                dense = timings["dense"].seconds
+                more = {"least": least[what] * 1e6, "of least": least["dense"] / least[what]} if least else {}
+                found_least[what, shape, tokens] = least.get(what, 0.0)
+                report(bench, what, shape, tokens, path, timings[what], dense, bytes=size[what], **more)
+    sums(bench, found, found_least)
 
 
 def fresh(branch: Branch) -> Branch:
@@ -262,8 +314,14 @@ def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[st
         return min((p for p in times if p.name in names), key=lambda p: times[p].seconds, default=None)
 
     ours = fastest(OURS, exact)
-    rows: list[tuple[str, Path | None, int, str]] = [
-        ("dense", Path("dense"), 0, ""),
+    rows: list[tuple[str, Path | None, int, str]] = [("dense", Path("dense"), 0, "")]
+    fallback = ("fallback", bench.table.best(bench.key(shape, tokens)), 0, "")
+    group = group_of(shape)
+    coarse = bench.table.times.get(bench.key(shape, tokens, group), {})
+    if not bench.gpu:
+        rows += [("2:4", ours, 0, ""), ("2:4 INT4", fastest(OURS, coarse), group, ""), fallback]
+        return [(what, path, size, added) for what, path, size, added in rows if path is not None]
+    rows += [
         ("dense, decompressed", fastest(("decompress", "unpack"), exact), 0, ""),
         ("cuSPARSELt", fastest(("cusparselt",), exact), 0, ""),
         ("2:4", ours, 0, ""),
@@ -271,16 +329,15 @@ def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[st
         ("2:4 and branch", ours, 0, "branch"),
         ("2:4 and INT8 branch", ours if ours is not None and ours.name == "mma" else None, 0, "INT8 branch"),
     ]
-    if bench.key(shape, tokens, GROUP) in bench.table.times:
-        coarse = bench.table.times[bench.key(shape, tokens, GROUP)]
+    if coarse:
         rows += [
-            ("2:4 INT4", fastest(OURS, coarse), GROUP, ""),
-            ("2:4 INT4, each alone", alone(fastest(OURS, coarse)), GROUP, ""),
-            ("2:4 INT4 and branch", fastest(OURS, coarse), GROUP, "branch"),
+            ("2:4 INT4", fastest(OURS, coarse), group, ""),
+            ("2:4 INT4, each alone", alone(fastest(OURS, coarse)), group, ""),
+            ("2:4 INT4 and branch", fastest(OURS, coarse), group, "branch"),
         ]
     # the two copies of a weight that are fastest at some number of tokens
-    rows.append(("fallback", bench.table.best(bench.key(shape, tokens)), 0, ""))
-    return [(what, path, group, added) for what, path, group, added in rows if path is not None]
+    rows.append(fallback)
+    return [(what, path, size, added) for what, path, size, added in rows if path is not None]
 
 
 def alone(path: Path | None) -> Path | None:
@@ -290,20 +347,30 @@ def alone(path: Path | None) -> Path | None:
     return Path(path.name, tuple(Config(*path.option)._replace(early=False)))  # pyrefly: ignore[bad-argument-type]
 
 
-def sums(bench: Bench, found: dict[tuple[str, tuple[int, int], int], float]) -> None:
+def sums(bench: Bench, found: Seconds, found_least: Seconds) -> None:
     """Rows of a whole layer's linears, where all of them have been timed."""
     for model, layer in bench.layers.items():
         totals: dict[tuple[str, int], float] = defaultdict(float)
+        least: dict[tuple[str, int], float] = defaultdict(float)
         seen: dict[tuple[str, int], int] = defaultdict(int)
         for (what, shape, tokens), seconds in found.items():
             if shape in layer:
                 totals[what, tokens] += seconds * layer[shape]
+                least[what, tokens] += found_least[what, shape, tokens] * layer[shape]
                 seen[what, tokens] += 1
         for (what, tokens), seconds in sorted(totals.items(), key=lambda item: item[0][1]):
             if seen[what, tokens] == len(layer):
-                dense = totals["dense", tokens]
+                dense, shortest = totals["dense", tokens], least[what, tokens]
+                more = {"least": shortest * 1e6, "of least": least["dense", tokens] / shortest} if shortest else {}
                 bench.rows.add(
-                    what=what, shape=model, tokens=tokens, way="sum", us=seconds * 1e6, ratio=dense / seconds
+                    what=what,
+                    dtype=bench.dtype_name,
+                    shape=model,
+                    tokens=tokens,
+                    way="sum",
+                    us=seconds * 1e6,
+                    ratio=dense / seconds,
+                    **more,
                 )
 
 
@@ -396,14 +463,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     bench = Bench(args)
-    if args.check:
-        check(bench)
-    elif args.tune:
-        tune(bench)
-    elif args.end_to_end:
+    if args.end_to_end:
         end_to_end(bench, args.layers, args.prompt, args.generate)
-    else:
-        shapes(bench)
+        return
+    work = check if args.check else tune if args.tune else shapes
+    for dtype in bench.dtypes:
+        bench.dtype = dtype
+        work(bench)
 
 
 if __name__ == "__main__":

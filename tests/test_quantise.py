@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shearling.anatomy import anatomy_of
-from shearling.errors import ShearlingError
+from shearling.errors import RecipeError, ShearlingError
 from shearling.export import load_codes, save_model
 from shearling.methods.ast import ASTPolicy
 from shearling.methods.gptq import gptq
@@ -24,7 +24,7 @@ from shearling.methods.slim import clipping, compensated, slim_rounded
 from shearling.models import load_model
 from shearling.plan import Grid, Masks, dequantise, inventory_of, load_edits, quantised_size, save_edits
 from shearling.plan.patterns import Pattern
-from shearling.recipe import AST, Quantise, RecipeError, parse_recipe
+from shearling.recipe import AST, Quantise, parse_recipe
 from shearling.run import run
 from shearling.surgery import attach_adapters_, cut_
 from shearling.train import TrainSettings, train

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shearling.anatomy import anatomy_of, family_names
-from shearling.errors import ShearlingError
+from shearling.errors import RecipeError, ShearlingError
 from shearling.methods.trawl import denoised, plan_trawl, stacks
-from shearling.recipe import Denoise, RecipeError, parse_recipe
+from shearling.recipe import Denoise, parse_recipe
 from shearling.run import run
 from shearling.surgery import cut_
 from tests.tiny import tiny_folder, tiny_model, tiny_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, files
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shearling.cache import cache_folder
 from shearling.errors import ShearlingError
 
 EMBEDDED = "smollm2-135m"
@@ -141,11 +141,6 @@ def _refuse_pickle(folder: Path) -> None:
                 f"{folder / pickled[0]}: pickled weights are refused, because loading them runs code from the file; "
                 "convert the checkpoint to safetensors"
             )
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$SHEARLING_CACHE`` or ``~/.cache/shearling``."""
-    return Path(os.environ.get("SHEARLING_CACHE") or Path.home() / ".cache" / "shearling")
 
 
 def _embedded_folder() -> Path:

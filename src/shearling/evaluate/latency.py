@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from shearling.anatomy import Anatomy, BlockShape, anatomy_of
+from shearling.cache import cache_folder
 from shearling.errors import ShearlingError
 from shearling.evaluate.speed import device_name
 from shearling.evaluate.step_time import Workload, step_milliseconds
 from shearling.events import OnEvent
-from shearling.models import cache_folder
 from shearling.plan import Cost, Width, target_anatomy, widths, write_whole
 from shearling.recipe import Target
 from shearling.surgery import config_after

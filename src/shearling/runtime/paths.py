@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,10 @@ from torch.nn import functional as F
 from shearling.errors import ShearlingError
 from shearling.kernels import triton_usable
 from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
+from shearling.kernels.expand24 import DTYPES as MASKED_DTYPES
+from shearling.kernels.expand24 import TOKENS as MASKED_TOKENS
+from shearling.kernels.expand24 import Masked24, inflated, masked24, masked_product
+from shearling.kernels.expand24 import obstacle as cpu_obstacle
 from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import (
     GROUPS,
@@ -31,7 +35,7 @@ from shearling.plan import Codes, Grid
 #: cuSPARSELt takes tokens by the eight, and weights whose sides are multiples of 16
 CUSPARSELT_TOKENS, CUSPARSELT_SIDE = 8, 16
 
-Copy = Tensor | Compact24 | Compact24Int4 | Fragments
+Copy = Tensor | Compact24 | Compact24Int4 | Fragments | Masked24
 
 
 class Path(NamedTuple):
@@ -61,6 +65,14 @@ COPIES = {
     "unpack": "fragments",
     "mma": "fragments",
     "cusparselt": "cusparselt",
+    "inflate": "masked",
+    "expand": "masked",
+}
+#: copies that are made of a compact one, where values have 4 bits too
+_OF_COMPACT: dict[str, Callable[[Compact24 | Compact24Int4], Copy]] = {
+    "compact": lambda compact: compact,
+    "fragments": fragments_of,
+    "masked": masked24,
 }
 
 
@@ -74,12 +86,11 @@ def copy_of(kind: str, weight_OI: Tensor, group: int = 0, codes: Codes | None = 
         codes_OI, scales_OG, _ = Grid("int4", group).quantise(weight_OI) if codes is None else codes
         device = weight_OI.device
         rounded = pack24_int4(codes_OI.to(device), scales_OG.to(device, weight_OI.dtype))
-        if kind in ("compact", "fragments"):
-            return rounded if kind == "compact" else fragments_of(rounded)
+        if kind in _OF_COMPACT:
+            return _OF_COMPACT[kind](rounded)
         weight_OI = unpack24_int4(rounded, weight_OI.dtype)
-    if kind in ("compact", "fragments"):
-        compact = pack24(weight_OI)
-        return compact if kind == "compact" else fragments_of(compact)
+    if kind in _OF_COMPACT:
+        return _OF_COMPACT[kind](pack24(weight_OI))
     # cuSPARSELt itself would drop what is too much
     pack24(weight_OI)
     if kind == "cusparselt":
@@ -150,6 +161,13 @@ def paths(
         found.append(Path("unpack"))
         if tokens <= FRAGMENT_TOKENS:
             found += [Path("mma", tuple(config)) for config in configs(outputs, inputs, tokens, group > 0)]
+    if (
+        wanted & {"expand", "inflate"}
+        and like.device.type == "cpu"
+        and like.dtype in MASKED_DTYPES
+        and not cpu_obstacle()
+    ):
+        found += [Path("inflate"), *([Path("expand")] if tokens <= MASKED_TOKENS else [])]
     return tuple(path for path in found if path.name in wanted)
 
 
@@ -191,6 +209,8 @@ def product(
     if path.name == "cusparselt":
         assert isinstance(copy, Tensor)
         y_MO = _cusparselt(x_MI, copy, int(path.option[0]))
+    elif isinstance(copy, Masked24) and path.name == "expand" and x_MI.shape[0] <= MASKED_TOKENS:
+        y_MO = masked_product(x_MI, copy)
     else:
         y_MO = F.linear(x_MI, copy if isinstance(copy, Tensor) else decompressed(copy, x_MI.dtype))
     if branch is not None:
@@ -198,8 +218,10 @@ def product(
     return y_MO
 
 
-def decompressed(copy: Compact24 | Compact24Int4 | Fragments, dtype: torch.dtype) -> Tensor:
+def decompressed(copy: Compact24 | Compact24Int4 | Fragments | Masked24, dtype: torch.dtype) -> Tensor:
     """The dense weight [O, I] of a compact one."""
+    if isinstance(copy, Masked24):
+        return inflated(copy)
     if isinstance(copy, Fragments):
         return dense24(copy)
     if triton_usable(copy.positions) and dtype == torch.bfloat16:

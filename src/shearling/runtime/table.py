@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as File
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from shearling.cache import cache_folder
 from shearling.errors import ShearlingError
+from shearling.kernels.compiled_c import processor
+from shearling.kernels.expand24 import obstacle as cpu_obstacle
 from shearling.kernels.product24 import Fragments, compile_all, configs
-from shearling.models import cache_folder
 from shearling.plan import write_whole
 from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
-from shearling.runtime.timing import Timing, rounds, timed
+from shearling.runtime.timing import Timing, cpu_rounds, interleaved, rounds, summary, timed
 
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
@@ -151,20 +153,17 @@ def random_24(outputs: int, inputs: int, dtype: torch.dtype, device: torch.devic
 
 
 def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | None) -> dict[Path, Timing]:
-    found: dict[Path, Timing] = {}
-    copies: dict[str, list[Copy]] = {}
     x_MI = torch.randn(key.tokens, key.inputs, device=weight_OI.device).to(weight_OI.dtype)
     workspace = workspace_for(key.outputs, weight_OI)
     wanted = None if ways is None else {"dense", *ways}
-    for path in paths(key.outputs, key.inputs, key.tokens, weight_OI, key.group, wanted):
-        kind = COPIES[path.name]
-        if kind not in copies:
-            copies[kind] = several(copy_of(kind, weight_OI, key.group))
-            if kind == "fragments":
-                compile_ahead(key, copies[kind][0])
-        steps = [partial(product, path, x_MI, copy, workspace) for copy in copies[kind]]
-        found[path] = timed(steps, weight_OI.device, replays)
-    return found
+    found = paths(key.outputs, key.inputs, key.tokens, weight_OI, key.group, wanted)
+    copies = several(
+        {kind: copy_of(kind, weight_OI, key.group) for kind in dict.fromkeys(COPIES[p.name] for p in found)}
+    )
+    if "fragments" in copies:
+        compile_ahead(key, copies["fragments"][0])
+    steps = {p: [partial(product, p, x_MI, copy, workspace) for copy in copies[COPIES[p.name]]] for p in found}
+    return timed_ways(steps, weight_OI.device, replays)
 
 
 def compile_ahead(key: Key, copy: Copy) -> None:
@@ -174,12 +173,27 @@ def compile_ahead(key: Key, copy: Copy) -> None:
     compile_all(copy, [(config, key.tokens, None) for config in found])
 
 
-def several(copy: Copy) -> list[Copy]:
-    """As many copies of a copy as leave nothing of it in a cache; on a CPU one."""
-    like = copy if isinstance(copy, Tensor) else copy[0]
-    if like.device.type == "cpu":
-        return [copy]
-    return [copy, *(duplicate(copy) for _ in range(rounds(bytes_of(copy)) - 1))]
+Which = TypeVar("Which", bound=Hashable)
+
+
+def timed_ways(
+    steps: Mapping[Which, Sequence[Callable[[], object]]], device: torch.device, replays: int
+) -> dict[Which, Timing]:
+    """Times of ways: on a GPU one after another, on a CPU in turns."""
+    if device.type == "cpu":
+        return {way: summary(times) for way, times in interleaved(steps, replays).items()}
+    return {way: timed(of, device, replays) for way, of in steps.items()}
+
+
+def several(copies: Mapping[Which, Copy]) -> dict[Which, list[Copy]]:
+    """Each as often as leaves nothing of it in a cache; on a CPU, where ways take turns, of all together."""
+    together = sum(bytes_of(copy) for copy in copies.values())
+    found = {}
+    for which, copy in copies.items():
+        like = copy if isinstance(copy, Tensor) else copy[0]
+        count = cpu_rounds(together) if like.device.type == "cpu" else rounds(bytes_of(copy))
+        found[which] = [copy, *(duplicate(copy) for _ in range(count - 1))]
+    return found
 
 
 def duplicate(copy: Copy) -> Copy:
@@ -202,4 +216,8 @@ def workspace_for(outputs: int, like: Tensor) -> Tensor | None:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}-{platform.machine()}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    # a table of ways that can no longer be taken, or without those that can, is another one
+    ways = "expand" if cpu_obstacle() is None else "dense"
+    return f"{device.type}-{platform.machine()}-{processor()}-{torch.get_num_threads()}-{ways}"

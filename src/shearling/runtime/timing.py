@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -13,6 +13,13 @@ from shearling.errors import ShearlingError
 
 #: copies of a weight that steps go round over, at least, and as many more as this much memory takes
 COPIES, TURNED_OVER = 8, 3 * 2**26
+#: of all ways of a CPU together, whose last cache is larger; and rounds that say which ways may be the fastest
+CPU_COPIES, CPU_TURNED_OVER, TRIALS = (2, 64), 3 * 2**28, 3
+#: how many times as slow as the fastest is not worth another round
+_HOPELESS = 4
+
+
+Way = TypeVar("Way", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -28,19 +35,19 @@ def rounds(size: int) -> int:
     return max(COPIES, -(-TURNED_OVER // size))
 
 
+def cpu_rounds(size: int) -> int:
+    """How many sets of copies a CPU's ways take, of ``size`` bytes a set: more than its caches hold, within limits."""
+    least, most = CPU_COPIES
+    return min(most, max(least, -(-CPU_TURNED_OVER // size)))
+
+
 def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: int = 100) -> Timing:
     """Time of one of several steps, carried out one after another; on CUDA as one graph, so that launching is free.
 
     Raises ShearlingError for steps that cannot be captured.
     """
     if device.type != "cuda":
-        times = []
-        for _ in range(replays):
-            start = time.perf_counter()
-            for step in steps:
-                step()
-            times.append((time.perf_counter() - start) / len(steps))
-        return _summary(times)
+        return summary(interleaved({None: steps}, replays)[None])
     # compiles, plans and allocates, on a stream of its own as capturing wants it
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -62,10 +69,32 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
         graph.replay()
         end.record()
     torch.cuda.synchronize(device)
-    return _summary([a.elapsed_time(b) / 1000 / len(steps) for a, b in zip(starts, ends, strict=True)])
+    return summary([a.elapsed_time(b) / 1000 / len(steps) for a, b in zip(starts, ends, strict=True)])
 
 
-def _summary(times: list[float]) -> Timing:
+def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, list[float]]:
+    """Seconds of steps of several ways on a CPU.
+
+    A step of each comes in turn, so that what else the machine does hits all alike. They begin at different steps, as
+    two may read the same copy. Ways that are many times as slow as the fastest are left out of most rounds.
+    """
+    times: dict[Way, list[float]] = {way: [] for way in ways}
+    for steps in ways.values():
+        steps[-1]()
+    for replay in range(replays):
+        least = min((min(found) for found in times.values() if found), default=0.0)
+        for place, (way, steps) in enumerate(ways.items()):
+            if replay >= TRIALS and min(times[way]) > _HOPELESS * least:
+                continue
+            step = steps[(replay + place * len(steps) // len(ways)) % len(steps)]
+            start = time.perf_counter()
+            step()
+            times[way].append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: list[float]) -> Timing:
+    """The median of seconds, and their tenth and ninetieth hundredths."""
     if len(times) == 1:
         return Timing(times[0], times[0], times[0])
     tenths = statistics.quantiles(times, n=10, method="inclusive")
