@@ -87,14 +87,14 @@ class Living(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"recompute": True}, {"micro_batch": 8}, {"separator": 7}],
+    [{}, {"recompute": True}, {"micro_batch": 4}, {"separator": 7}],
     ids=["parts", "recomputed", "whole", "documents"],
 )
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("kind", ["full", "lora", "spp"])
 def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind: str) -> None:
     model, teacher = (tiny_model(family, seed, **SIZES[family]) for seed in (0, 1))
-    settings = TrainSettings(tokens=3 * 8 * LENGTH, length=LENGTH, batch=8, micro_batch=2, learning_rate=1e-4)
+    settings = TrainSettings(tokens=2 * 4 * LENGTH, length=LENGTH, batch=4, micro_batch=2, learning_rate=1e-4)
     settings = dataclasses.replace(settings, **changes)
 
     def policies() -> list[Any]:
@@ -104,7 +104,7 @@ def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind:
     expected = training_memory(model, settings, policies(), teacher=teacher)
     living = Living(model, teacher)
     with living:
-        train(model, tiny_tokens(24, LENGTH, seed=5), [*policies(), Distillation(teacher)], settings)
+        train(model, tiny_tokens(8, LENGTH, seed=5), [*policies(), Distillation(teacher)], settings)
     assert expected.peak == pytest.approx(living.peak, rel=0.15)
 
 
@@ -151,7 +151,9 @@ def test_large_recipes_fit_what_they_are_written_for(
     recipe: str, config: LlamaConfig, processes: int, size: tuple[float, float], tmp_path: Path
 ) -> None:
     config.save_pretrained(tmp_path)
-    loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model={tmp_path}"])
+    # what compiled blocks keep is the same in both shapes of the paper, and takes long to find
+    eager = ["shear.compile=false", "recover.compile=false"] if recipe == "shear-llama2-7b-1.3b" else []
+    loaded = load_recipe(f"recipes/{recipe}.yaml", [f"model={tmp_path}", *eager])
     plan = preview_recipe(loaded, empty_model(loaded.model, loaded.dtype), processes)
     assert size[0] <= plan.after.parameters <= size[1]
     assert 16 * 2**30 < plan.estimate["peak_bytes"] < 72 * 2**30

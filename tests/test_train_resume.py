@@ -196,19 +196,32 @@ def test_a_killed_process_resumes_to_the_bit(kind, where, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+#: imports once, which takes longer than all that is struck; nothing runs before processes are forked
 STRUCK = """
 import os, signal, sys, threading
 from pathlib import Path
 from tests.test_train_resume import LONG, start
 
-def on_event(event):
-    # from the first sign of life, so that the moment does not depend on how long imports take
-    if not timer.is_alive():
-        timer.start()
+def struck(moment):
+    def on_event(event):
+        # from the first sign of life, so that the moment does not depend on how long anything before takes
+        if not timer.is_alive():
+            timer.start()
 
-timer = threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL))
-timer.daemon = True
-start("masks", Path(sys.argv[1]), on_event, LONG)
+    timer = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    start("masks", Path(sys.argv[1]), on_event, LONG)
+
+for moment in map(float, sys.argv[2:]):
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            struck(moment)
+            code = 0
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 LONG = dataclasses.replace(SETTINGS, tokens=60 * 4 * LENGTH)
 
@@ -217,10 +230,12 @@ def test_ten_kills_at_random_moments_change_no_bit(tmp_path):
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    moments, ends = random.Random(7), []
-    for _ in range(10):
-        command = [sys.executable, "-c", STRUCK, str(tmp_path), str(moments.uniform(0, 0.2))]
-        ends.append(subprocess.run(command, env=environment, cwd=root, capture_output=True, check=False).returncode)
+    drawn = random.Random(7)
+    moments = [str(drawn.uniform(0, 0.2)) for _ in range(10)]
+    command = [sys.executable, "-c", STRUCK, str(tmp_path), *moments]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    ends = list(map(int, done.stdout.split()))
+    assert len(ends) == 10, done.stderr
     # a quick machine may be done before the last ones
     assert set(ends) <= {0, -signal.SIGKILL} and ends[0] == -signal.SIGKILL
     events = []
