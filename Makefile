@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/shearling run recipes/demo-cfsp.yaml --out runs/demo --resume
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=10
 
 engines: .engines/ready
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from shearling.recipe import load_recipe
@@ -46,15 +47,19 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) ->
         torch.testing.assert_close(tensor, other["model"][name], rtol=0, atol=10 * tolerance)
 
 
-# one worker launches them, once
-pytestmark = pytest.mark.xdist_group("world")
-
-
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("twins") / "two.pt"
-    done = launch(out, *KINDS)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # pytest's own processes share what the first of them launches
+    folder = (
+        tmp_path_factory.getbasetemp().parent
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else tmp_path_factory.mktemp("twins")
+    )
+    out = folder / "two.pt"
+    with FileLock(folder / "two.lock"):
+        if not out.exists():
+            done = launch(out, *KINDS)
+            assert done.returncode == 0, done.stderr[-3000:]
     return result(out)
 
 
