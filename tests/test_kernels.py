@@ -268,6 +268,8 @@ def test_one_pass_on_a_gpu(kind, dtype, tolerance):
 # --- SparseGPT's sweep over columns
 
 SWEEPS = [(128, (2, 4)), (128, (4, 8)), (100, (1, 4)), (126, (2, 3)), (48, (1, 16)), (128, None), (5, None)]
+#: the interpreter takes a tenth of a second a column
+FEW_COLUMNS = [(32, (2, 4)), (32, (4, 8)), (20, (1, 4)), (27, (2, 3)), (32, (1, 16)), (32, None), (5, None)]
 
 
 def check_sweep(columns, pattern, device="cpu", outputs=45):
@@ -305,7 +307,7 @@ def check_sweep_ties(device="cpu"):
 
 
 @interpreted
-@pytest.mark.parametrize(("columns", "pattern"), SWEEPS)
+@pytest.mark.parametrize(("columns", "pattern"), FEW_COLUMNS)
 def test_interpreted_sweep(columns, pattern):
     check_sweep(columns, pattern)
 
