@@ -18,7 +18,7 @@ from common import Rows, arguments, device_name, held_out, mixture, report_quali
 
 from shearling.anatomy import anatomy_of, is_branch
 from shearling.methods.quantise import plan_quantised
-from shearling.models import load_model, load_tokenizer
+from shearling.models import empty_model, load_model, load_tokenizer
 from shearling.plan import Grid, inventory_of, quantised_size
 from shearling.recipe import Quantise
 from shearling.surgery import attach_adapters_, cut_
@@ -75,11 +75,16 @@ def main() -> None:
     named = dict(wish.split("=", 1) for wish in args.models) or {"dense": args.model}
     for label, folder in named.items():
         model: Any = load_model(folder, dtype=torch.float32, device=args.device)
-        anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+        # sizes are those of a checkpoint in bfloat16, whose scales are so too
+        anatomy, inventory = anatomy_of(model.config), inventory_of(empty_model(folder, "bfloat16"))
         names = [name for layer in range(anatomy.num_layers) for name in anatomy.weights(layer)]
         before = score(model, texts, context, 4 if gpu else 1)
         zeros = zeros_of(model, names)
-        bits = {"bits": 16.0, "compact_bits": compact_bits(16, 16.0, zeros)}
+        weights = sum(inventory[name].numel for name in names)
+        # branches that were trained beside it, in bfloat16
+        trained = {name: 16 * p.numel() / weights for name, p in model.named_parameters() if is_branch(name)}
+        before_bits = 16 + sum(trained.values())
+        bits = {"bits": before_bits, "compact_bits": compact_bits(16, before_bits, zeros)}
         report_quality(rows, before, model=label, method="as it is", zeros=zeros, **bits)
         for method in args.methods:
             settings, own, began = METHODS[method], copy.deepcopy(model), time.perf_counter()
@@ -98,8 +103,8 @@ def main() -> None:
                 "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
             }
             size = quantised_size(inventory, anatomy, Grid(settings.format, settings.group))
-            beside = sum(8 * p.numel() for name, p in own.named_parameters() if is_branch(name))
-            row["bits"] = size.bits + beside / sum(inventory[name].numel for name in names)
+            made = {name: 8 * p.numel() / weights for name, p in own.named_parameters() if is_branch(name)}
+            row["bits"] = size.bits + sum((made | trained).values())
             row["compact_bits"] = compact_bits(quant.bits, row["bits"], zeros)
             found = score(own, texts, context, 4 if gpu else 1)
             for corpus, (value, count) in found.items():
