@@ -317,6 +317,21 @@ def test_statistics_are_those_of_the_pruned_model(method: Any, statistics: Any) 
                 work.get_submodule(name).weight.data.copy_(result[name])
 
 
+@pytest.mark.parametrize("statistics", ["sequential", "dense"])
+def test_magnitude_alone_reads_no_text(statistics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a block was run")
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", read)
+    outcome = plan_masks(model, tiny_tokens(4, 24), Sparsify(method="magnitude", statistics=statistics), batch=2)
+    (masks,) = outcome.edits
+    for name, mask in masks.kept.items():
+        assert torch.equal(mask, Pattern(2, 4).mask(model.get_parameter(name).abs()))
+    with pytest.raises(AssertionError, match="a block was run"):
+        plan_masks(model, tiny_tokens(4, 24), Sparsify(method="wanda", statistics=statistics), batch=2)
+
+
 def test_each_step_brings_the_output_nearer() -> None:
     model, tokens = tiny_model("llama", seed=7), tiny_tokens(24, 32, seed=7)
 

@@ -69,8 +69,10 @@ def plan_masks(
     if state_dir is not None:
         store = Store(state_dir / fingerprint(model, tokens, settings.model_dump(), batch, seed)[:16])
     follow, trained = settings.statistics != "dense", settings.reconstruct is not None
-    dense = walk.enter() if trained or not follow else None
-    edited = walk.enter() if trained or follow else None
+    # magnitude alone asks nothing of the text
+    read = trained or settings.method != "magnitude"
+    dense = walk.enter() if read and (trained or not follow) else None
+    edited = walk.enter() if read and (trained or follow) else None
     masks: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for layer in range(len(walk.blocks)):
@@ -83,7 +85,6 @@ def plan_masks(
                 own = {name.removeprefix("mask/"): t for name, t in finished.items() if name.startswith("mask/")}
             else:
                 states = edited if follow else dense
-                assert states is not None
                 own, damping = _prune_(walk, layer, stand_in, block, states, settings, pattern)
                 if damping > settings.damping and on_event is not None:
                     raised = f"block {layer}: a Gram matrix needed damping {damping:g} instead of {settings.damping:g}"
@@ -138,22 +139,27 @@ def _prune_(
     layer: int,
     stand_in: nn.Module,
     block: nn.Module,
-    states: Tensor,
+    states: Tensor | None,
     settings: Sparsify,
     pattern: Pattern | float,
 ) -> tuple[dict[str, Tensor], float]:
-    """Prune the linears of ``stand_in`` in place; returns masks by name, as stored, and the greatest damping needed."""
+    """Prune the linears of ``stand_in`` in place; returns masks by name, as stored, and the greatest damping needed.
+
+    Magnitude needs no ``states``.
+    """
     groups, gram = walk.anatomy.family.readers, settings.method in SOLVERS
     # linears of one group read the same input, so one of them is tapped
     readers = [group[0] for group in groups]
     sequential = settings.statistics == "sequential"
     measured: Mapping[str, InputStatistics] = {}
     if settings.method != "magnitude" and not sequential:
+        assert states is not None
         measured = input_statistics(walk, layer, states, readers, gram=gram, block=block)
     masks: dict[str, Tensor] = {}
     damping = 0.0
     for reader, group in zip(readers, groups, strict=True):
         if settings.method != "magnitude" and sequential:
+            assert states is not None
             measured = input_statistics(walk, layer, states, [reader], gram=gram, block=stand_in)
         for name in group:
             stored = stand_in.get_parameter(f"{name}.weight")
