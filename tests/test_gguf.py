@@ -20,19 +20,10 @@ from shearling.export.gguf import TYPES, gguf_architecture, pair_up, write_gguf
 from shearling.export.gguf_readers import verify_gguf
 from shearling.plan import Delta, Masks, Structure
 from shearling.surgery import cut_
-from tests.tiny import VOCAB, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import GGUF_FAMILIES, LLAMA3, VOCAB, tiny_config, tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 PER_LAYER = Structure({"layers": (0, 2), "ffn.2": tuple(range(32)), "kv_group.0": (0,)})
 
 
@@ -47,7 +38,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return fields, {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_transformers_reads_the_model_back(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, **({"rope_parameters": LLAMA3} if family == "llama" else {}))
     write_gguf(model, None, tmp_path / "m.gguf", "f32", "tiny")

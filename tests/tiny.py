@@ -61,6 +61,17 @@ _MULTI_HEAD: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = (*_OWN, *_MULTI_HEAD)
+#: that llama.cpp has an architecture for
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
+#: Llama 3's rotary frequencies
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:

@@ -24,7 +24,7 @@ from shearling.events import OnEvent
 from shearling.export.compact import COMPACT
 from shearling.export.compressed import load_codes
 from shearling.models import load_config, resolve
-from shearling.plan import Quant, write_whole
+from shearling.plan import Quant, check_new, write_whole
 from shearling.report.bench import bench_page
 from shearling.runtime.accelerate import accelerate_, linears_24, takes_codes
 
@@ -158,8 +158,7 @@ def _on(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``folder`` when the work is done and is gone when it is not."""
-    if folder.exists():
-        raise ShearlingError(f"{folder}: already exists; choose another folder or remove it")
+    check_new(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
     with _writing(folder):
         # before the work, so that an hour of it is not lost

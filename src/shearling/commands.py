@@ -28,7 +28,7 @@ from shearling.events import OnEvent
 from shearling.export import GGUF_TYPE, check_format, export_deci, export_gguf, export_onnx, plan_record, save_model
 from shearling.methods.stages import budget_of, in_shape, plan_stage
 from shearling.models import check_finite, load_config, load_model, load_tokenizer, resolve
-from shearling.plan import Cost, Outcome, Plan, Width, inventory_of, sizes
+from shearling.plan import Cost, Outcome, Plan, Width, check_new, inventory_of, sizes
 from shearling.recipe import Budget, Denoise, Evaluation, PruneStage, Recipe, Shear, Sparsify
 from shearling.surgery import cut_
 
@@ -96,8 +96,7 @@ def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     if recipe.first is None or isinstance(recipe.first, Shear):
         stage = recipe.stages[0].stage
         raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
-    if out.exists():
-        raise ShearlingError(f"{out}: already exists; choose another folder or remove it")
+    check_new(out)
     home = "cpu" if recipe.calibration.stream else recipe.device
     model, tokenizer = load(recipe.model, home, recipe.dtype)
     outcome = outcome_of(recipe, recipe.first, model, tokenizer, None, on_event)
@@ -114,8 +113,7 @@ def export(name: str, out: Path, *, to: str, kind: str | None = None, check: boo
     ShearlingError, before weights are read where that can be known, for a format that cannot hold the model.
     """
     check_format(load_config(name), to, kind)
-    if out.exists():
-        raise ShearlingError(f"{out}: already exists; choose another name or remove it")
+    check_new(out, "name")
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_finite(model)
     folder = resolve(name)

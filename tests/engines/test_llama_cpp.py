@@ -16,22 +16,13 @@ from shearling.export import export_gguf
 from shearling.plan import Delta, Structure
 from shearling.surgery import cut_
 from tests.engines.reference import PROMPTS, difference, greedy, logits
-from tests.tiny import tiny_model, tiny_tokens
+from tests.tiny import GGUF_FAMILIES, LLAMA3, tiny_model, tiny_tokens
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; make engines")
 
-#: families that the exporter has an architecture of llama.cpp for
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 ROTARY: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
+    "llama3": LLAMA3,
 }
 TOKENS = 16
 #: where nothing is rounded; llama.cpp looks GELU up in a table of 16 bits
@@ -201,7 +192,7 @@ def tiny_difference(model: Any, file: Path, **options: Any) -> float:
     return difference(engine_logits(file, prompts), logits(model, prompts))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_every_architecture(family: str, tmp_path: Path) -> None:
     assert tiny_difference(tiny_model(family), tmp_path / "m.gguf") < EXACT
 

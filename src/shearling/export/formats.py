@@ -21,6 +21,7 @@ from shearling.export.gguf_readers import verify_gguf
 from shearling.export.llama_quantize import K_QUANTS, quantize_file
 from shearling.export.onnx import check_packages, onnx_logits, write_onnx
 from shearling.export.verify import Verification, logits_of, prompt_ids, verify
+from shearling.plan import check_new
 
 #: formats beside the Hugging Face folder that ``save_model`` writes
 FORMATS = ("gguf", "deci", "onnx")
@@ -156,8 +157,7 @@ def _compare(model: Any, tokenizer: Any, reader: str, read: Callable[[list[Tenso
 @contextmanager
 def _beside(place: Path, *, keep: bool = True) -> Iterator[Path]:
     """A place to write at, which becomes ``place`` when all went well and is gone when not, or not to ``keep``."""
-    if place.exists():
-        raise ShearlingError(f"{place}: already exists; choose another name or remove it")
+    check_new(place, "name")
     unfinished = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from shearling.anatomy import PER_LAYER_PREFIX, anatomy_of
-from shearling.errors import ShearlingError, unwritable
+from shearling.errors import unwritable
 from shearling.export.adapters import save_adapters
 from shearling.export.classes import per_layer_classes
 from shearling.export.compressed import compressed_state, quantization_config
 from shearling.nn import EffectiveLinear, is_linear, plain_state
-from shearling.plan import Quant
+from shearling.plan import Quant, check_new
 from shearling.surgery import adapters_of
 
 #: where in a checkpoint's folder its branches are
@@ -42,8 +42,7 @@ def save_model(
     Raises ShearlingError when the folder exists or cannot be written, and for a transformed weight that is tied.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ShearlingError(f"{folder}: already exists; choose another folder or remove it")
+    check_new(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
     state, adapters = plain_state(model), adapters_of(model)
     if quant is not None:

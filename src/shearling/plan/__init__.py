@@ -2,7 +2,7 @@
 
 from shearling.plan.budget import cap_shares, round_to_total
 from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
-from shearling.plan.files import load_edits, save_edits, write_bytes, write_tensors, write_whole
+from shearling.plan.files import check_new, load_edits, save_edits, write_bytes, write_tensors, write_whole
 from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan
@@ -42,6 +42,7 @@ __all__ = [
     "TensorSize",
     "Width",
     "cap_shares",
+    "check_new",
     "check_order",
     "check_structure",
     "dequantise",

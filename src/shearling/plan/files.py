@@ -49,6 +49,12 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str,
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, metadata=metadata)
 
 
+def check_new(place: Path, what: str = "folder") -> None:
+    """Raise ShearlingError where something is already at the place of a ``what`` that is to be written."""
+    if place.exists():
+        raise ShearlingError(f"{place}: already exists; choose another {what} or remove it")
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text file as ``write_tensors`` writes its own: a reader sees the old content or the new."""
     with _replacing(file) as unfinished:
