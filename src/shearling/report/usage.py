@@ -13,7 +13,7 @@ def engines(run: RunFiles) -> list[tuple[str, str, str, str]]:
             words(engine.get("engine")),
             {"True": "yes", "False": "no"}.get(str(engine.get("loads")), DASH),
             words(engine.get("faster")),
-            # as export/engines.py writes it
+            # as export/engines.py writes it, which would bring torch along
             words(engine.get("how")).replace("MODEL", str(run.directory / "model")),
         )
         for engine in records(run.plan.get("engines"))
