@@ -22,9 +22,7 @@ from shearling.plan import (
     Structure,
     inventory_after,
     inventory_of,
-    load_edits,
     plan_of,
-    save_edits,
     shape_after,
     sizes,
 )
@@ -265,15 +263,6 @@ def test_a_shape_that_the_config_class_refuses_changes_nothing(tmp_path: Any) ->
     assert torch.equal(logits(model), before) and model.config.hidden_size == 32
     heads = {f"query_head.{layer}": (1, 3) for layer in range(LAYERS)}
     check("phi3", [Structure({"hidden": tuple(range(0, 32, 2)), **heads})], tmp_path / "model", **overrides)
-
-
-def test_edits_survive_the_disk(tmp_path: Any) -> None:
-    edits: list[Edit] = [Structure({"ffn.1": (1, 3)}), Delta({"a": torch.randn(2, 3)})]
-    save_edits(edits, tmp_path)
-    structure, delta = load_edits(tmp_path)
-    assert structure == edits[0]
-    assert isinstance(delta, Delta) and isinstance(edits[1], Delta)
-    assert torch.equal(delta.values["a"], edits[1].values["a"])
 
 
 def test_unknown_architecture_says_what_to_add() -> None:

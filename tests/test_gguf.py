@@ -188,9 +188,6 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ShearlingError, match="transformers reads a model whose logits differ"):
         export_gguf(model, None, tmp_path / "m.gguf", kind="f16", provenance={})
     assert list(tmp_path.iterdir()) == []
-    export_gguf(model, None, tmp_path / "m.gguf", kind="f16", provenance={}, check=False)
-    with pytest.raises(ShearlingError, match="already exists"):
-        export_gguf(model, None, tmp_path / "m.gguf", kind="f16", provenance={}, check=False)
 
 
 def test_k_quants_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
@@ -14,7 +13,7 @@ import torch
 
 from shearling.card import versions
 from shearling.commands import device_of, load
-from shearling.errors import ShearlingError, unwritable
+from shearling.errors import ShearlingError
 from shearling.evaluate.bench import Bench, Cell, Engine, Subject, check_sizes, measure_cells
 from shearling.evaluate.energy import energy_counter
 from shearling.evaluate.llama_cpp_engine import LlamaCppEngine, check_gguf
@@ -24,7 +23,7 @@ from shearling.events import OnEvent
 from shearling.export.compact import COMPACT
 from shearling.export.compressed import load_codes
 from shearling.models import load_config, resolve
-from shearling.plan import Quant, check_new, write_whole
+from shearling.plan import Quant, beside, write_whole
 from shearling.report.bench import bench_page
 from shearling.runtime.accelerate import accelerate_, linears_24, takes_codes
 
@@ -58,7 +57,8 @@ def bench(
     for name in models:
         _check_model(name)
     target = device_of(device)
-    with nullcontext() if out is None else _new_folder(out) as folder, _on(target):
+    # made before the work, so that an hour of it is not lost to a place that cannot be written
+    with nullcontext() if out is None else beside(out) as folder, _on(target):
         engines = [_engine(name, target, dtype, cells if accelerate else (), on_event) for name in models]
         counter = energy_counter(target)
         rows = measure_cells(engines, cells, repeats=repeats, energy=counter, on_event=on_event)
@@ -153,28 +153,3 @@ def _on(device: torch.device) -> Iterator[None]:
         raise ShearlingError(
             f"bench: the models do not fit into the memory of {device} together; bench fewer, or smaller cells"
         ) from error
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``folder`` when the work is done and is gone when it is not."""
-    check_new(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    with _writing(folder):
-        # before the work, so that an hour of it is not lost
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        with _writing(folder):
-            unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(folder, error) from error

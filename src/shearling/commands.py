@@ -113,7 +113,7 @@ def export(name: str, out: Path, *, to: str, kind: str | None = None, check: boo
     ShearlingError, before weights are read where that can be known, for a format that cannot hold the model.
     """
     check_format(load_config(name), to, kind)
-    check_new(out, "name")
+    check_new(out)
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_finite(model)
     folder = resolve(name)

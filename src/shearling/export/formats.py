@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,14 @@ import torch
 from torch import Tensor
 
 from shearling.anatomy import anatomy_of
-from shearling.errors import ShearlingError, unwritable
+from shearling.errors import ShearlingError
 from shearling.export.deci import pad_shapes, write_deci
 from shearling.export.gguf import gguf_architecture, write_gguf
 from shearling.export.gguf_readers import verify_gguf
 from shearling.export.llama_quantize import K_QUANTS, quantize_file
 from shearling.export.onnx import check_packages, onnx_logits, write_onnx
 from shearling.export.verify import Verification, logits_of, prompt_ids, verify
-from shearling.plan import check_new
+from shearling.plan import beside, writing
 
 #: formats beside the Hugging Face folder that ``save_model`` writes
 FORMATS = ("gguf", "deci", "onnx")
@@ -60,13 +57,15 @@ def export_gguf(
     file = Path(file)
     name = str(provenance.get("recipe", {}).get("model") or file.stem)
     gguf_architecture(model.config, kind)
-    with _beside(file) as unfinished:
+    with beside(file) as unfinished, writing(file):
         if kind in K_QUANTS:
-            with _beside(unfinished.with_suffix(".f32"), keep=False) as wide:
-                write_gguf(model, tokenizer, wide, "f32", name)
-                if check:
-                    verify_gguf(model, tokenizer, wide, "f32")
-                quantize_file(wide, unfinished, kind)
+            wide = unfinished.with_suffix(".f32")
+            write_gguf(model, tokenizer, wide, "f32", name)
+            if check:
+                verify_gguf(model, tokenizer, wide, "f32")
+            quantize_file(wide, unfinished, kind)
+            # 4 bytes a weight that no reader needs
+            wide.unlink()
         else:
             write_gguf(model, tokenizer, unfinished, kind, name)
         found = verify_gguf(model, tokenizer, unfinished, kind) if check else []
@@ -130,8 +129,8 @@ def _export_folder(
     read: Callable[[Path], Verification] | None,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    with _beside(folder) as unfinished:
-        unfinished.mkdir(parents=True)
+    with beside(folder) as unfinished, writing(folder):
+        unfinished.mkdir()
         details = write(unfinished)
         found = [] if read is None else [read(unfinished)]
         size = sum(file.stat().st_size for file in unfinished.iterdir())
@@ -152,25 +151,6 @@ def _compare(model: Any, tokenizer: Any, reader: str, read: Callable[[list[Tenso
     prompts = prompt_ids(tokenizer, anatomy_of(model.config).vocab)
     tolerance = _TOLERANCE if model.dtype == torch.float32 else _HALF_TOLERANCE
     return verify(reader, read, prompts, logits_of(model, prompts), tolerance=tolerance)
-
-
-@contextmanager
-def _beside(place: Path, *, keep: bool = True) -> Iterator[Path]:
-    """A place to write at, which becomes ``place`` when all went well and is gone when not, or not to ``keep``."""
-    check_new(place, "name")
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        if keep:
-            unfinished.replace(place)
-    except OSError as error:
-        raise unwritable(place, error) from error
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:

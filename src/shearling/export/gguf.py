@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shearling.anatomy import Anatomy, anatomy_of, family_names, family_of, obstacle
-from shearling.errors import ShearlingError, unwritable
+from shearling.errors import ShearlingError
 from shearling.export.gguf_vocabulary import add_vocabulary
 from shearling.export.llama_quantize import K_QUANTS
 from shearling.nn import plain_state
@@ -86,7 +86,7 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str, name: str) -> 
 
     ``kind`` is one of TYPES but for K-quants, which ``quantize_file`` makes of a file of type f32. A tokenizer of None
     writes none, and the file then takes token ids only. Raises ShearlingError as ``gguf_architecture`` does, for
-    branches beside linears, where llama.cpp has no rules for the tokenizer, and where the file cannot be written.
+    branches beside linears, and where llama.cpp has no rules for the tokenizer.
     """
     architecture = gguf_architecture(model.config, kind)
     if adapters_of(model).down:
@@ -94,23 +94,20 @@ def write_gguf(model: Any, tokenizer: Any, file: Path, kind: str, name: str) -> 
     from gguf import GGUFWriter, LlamaFileType
 
     anatomy = anatomy_of(model.config)
-    try:
-        writer = GGUFWriter(file, architecture)
-        writer.add_type("model")
-        writer.add_name(name)
-        writer.add_file_type(LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
-        writer.add_quantization_version(2)
-        _add_sizes(writer, anatomy, architecture)
-        _add_config(writer, model.config, anatomy, architecture)
-        add_vocabulary(writer, tokenizer, anatomy.vocab)
-        for tensor_name, array, stored in _tensors(model, anatomy, architecture, kind):
-            writer.add_tensor(tensor_name, array, raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    except OSError as error:
-        raise unwritable(file, error) from error
+    writer = GGUFWriter(file, architecture)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
+    writer.add_quantization_version(2)
+    _add_sizes(writer, anatomy, architecture)
+    _add_config(writer, model.config, anatomy, architecture)
+    add_vocabulary(writer, tokenizer, anatomy.vocab)
+    for tensor_name, array, stored in _tensors(model, anatomy, architecture, kind):
+        writer.add_tensor(tensor_name, array, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def architecture_of(anatomy: Anatomy, config: Any) -> str:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from shearling.anatomy import PER_LAYER_PREFIX, anatomy_of
-from shearling.errors import unwritable
 from shearling.export.adapters import save_adapters
 from shearling.export.classes import per_layer_classes
 from shearling.export.compressed import compressed_state, quantization_config
 from shearling.nn import EffectiveLinear, is_linear, plain_state
-from shearling.plan import Quant, check_new
+from shearling.plan import Quant, beside, writing
 from shearling.surgery import adapters_of
 
 #: where in a checkpoint's folder its branches are
@@ -42,14 +38,10 @@ def save_model(
     Raises ShearlingError when the folder exists or cannot be written, and for a transformed weight that is tied.
     """
     folder = Path(folder)
-    check_new(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    state, adapters = plain_state(model), adapters_of(model)
-    if quant is not None:
-        state = compressed_state(quant, state)
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with beside(folder) as unfinished, writing(folder):
+        state, adapters = plain_state(model), adapters_of(model)
+        if quant is not None:
+            state = compressed_state(quant, state)
         model.save_pretrained(unfinished, state_dict=state)
         if adapters.down:
             save_adapters(adapters, unfinished / ADAPTER, anatomy_of(model.config))
@@ -60,12 +52,6 @@ def save_model(
         (unfinished / "shearling.json").write_text(json.dumps(provenance, indent=2) + "\n")
         if card is not None:
             (unfinished / "README.md").write_text(card)
-        unfinished.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error) from error
-    finally:
-        # gone already where it took its place
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def linears_of(model: Any) -> list[str]:
