@@ -22,7 +22,7 @@ from shearling.nn import EffectiveLinear, SoftThreshold, StraightMask
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST, parse_recipe
 from shearling.surgery import attach_adapters_
-from shearling.train import Distillation, TrainSettings, orthogonal_steps, train
+from shearling.train import Distillation, TrainSettings, train
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -331,61 +331,6 @@ def test_the_optimizer_skips_weights_without_a_gradient():
     weights[0].grad = torch.ones(2, 4)
     optimizer.step()
     assert (weights[0] < 1).all() and (weights[1] == 1).all()
-
-
-# --- Muon
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (8, 48), (40, 12), (1, 6)])
-def test_a_step_by_muon_has_the_singular_vectors_and_equal_values(shape):
-    """U S V^T becomes U V^T of the size of Adam's steps, but for what the iteration leaves."""
-    generator = torch.Generator().manual_seed(0)
-    matrices = [torch.randn(shape, generator=generator) * scale for scale in (1e-6, 1.0, 1e3)]
-    for matrix, step in zip(matrices, orthogonal_steps(matrices), strict=True):
-        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-        inner = left.T @ step.double() @ right.T / (0.2 * max(shape) ** 0.5)
-        # a few steps bring up what is not next to nothing
-        large = values > 0.01 * values.norm()
-        assert large.sum() >= 0.9 * len(values)
-        assert (inner.diag()[large] > 0.6).all() and (inner.diag() < 1.25).all()
-        assert (inner - inner.diag().diag()).abs().max() < 0.02
-
-
-def test_muon_is_pytorchs_where_nothing_is_masked():
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(16, 24), (24, 16), (16, 24)]
-    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    theirs = [nn.Parameter(weight.detach().clone()) for weight in weights]
-    strength = Strength(0.02, 0.3, optimizer="muon", weight_decay=0.1, betas=(0.95, 0.95))
-    ours = AnnealedAdamW(weights, [torch.ones(shape).bool() for shape in shapes], strength)
-    muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    start = [weight.detach().clone() for weight in weights]
-    for _ in range(5):
-        for weight, other in zip(weights, theirs, strict=True):
-            weight.grad = torch.randn(weight.shape, generator=generator)
-            other.grad = weight.grad.clone()
-        ours.step()
-        muon.step()
-    for weight, other, before in zip(weights, theirs, start, strict=True):
-        # they iterate in bfloat16
-        assert (weight - other).norm() < 0.03 * (weight - before).norm()
-
-
-def test_by_muon_what_is_masked_fades_as_by_adam():
-    weight = nn.Parameter(torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    optimizer = AnnealedAdamW(
-        [weight], [torch.tensor([[True, True, False, False]])], Strength(0.0, 0.3, optimizer="muon")
-    )
-    gradient = torch.full((1, 4), 0.01)
-    still, faded = weight.detach().clone(), weight.detach().clone()
-    first, second = moments(faded)
-    optimizer.strength = Strength(1e-3, 0.3, optimizer="muon")
-    weight.grad = gradient.clone()
-    optimizer.step()
-    annealed_adam_(faded, gradient, first, second, optimizer.masks[0], 1, optimizer.strength)
-    moved = orthogonal_steps([gradient])[0] * 1e-3
-    torch.testing.assert_close(weight.detach(), faded - moved)
-    assert torch.equal(faded[0, :2], still[0, :2]) and (faded[0, 2:] < still[0, 2:]).all()
 
 
 # --- SLoRB

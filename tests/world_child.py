@@ -39,7 +39,6 @@ KINDS = (
     "layerwise",
     "lora",
     "ast",
-    "muon",
     "spp",
     "quantised",
     "untied",
@@ -71,9 +70,6 @@ def carry_out(kind: str, state: Path | None = None, on_event: Any = None) -> dic
             Distillation(tiny_model("llama", seed=3)),
             ASTPolicy(anatomy_of(model.config), Pattern(2, 4), wish),
         ]
-    if kind == "muon":
-        wish = AST(score="magnitude", optimizer="muon")
-        policies = [ASTPolicy(anatomy_of(model.config), Pattern(2, 4), wish)]
     if kind == "quantised":
         policies = [
             ASTPolicy(anatomy_of(model.config), Pattern(2, 4), AST(score="magnitude", quantise="int8", group=8))

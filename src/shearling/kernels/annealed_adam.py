@@ -22,7 +22,6 @@ def annealed_adam(
     decay: float,
     how: str,
     second_moment: str,
-    optimizer: str,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
@@ -48,7 +47,6 @@ def annealed_adam(
             eps,
             HOW=_HOW[how],
             SEEN=second_moment == "ast",
-            MOVE=optimizer == "adam",
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -70,7 +68,6 @@ def _annealed_adam(
     eps,
     HOW: tl.constexpr,
     SEEN: tl.constexpr,
-    MOVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -104,8 +101,7 @@ def _annealed_adam(
     if HOW != 1:
         # never past zero
         weight -= sign * tl.minimum(step_of * tl.abs(pull), size_of)
-    if MOVE:
-        weight -= step_of * first
+    weight -= step_of * first
     tl.store(weights, weight, mask=inside)
     tl.store(firsts, first, mask=inside)
     tl.store(seconds, second, mask=inside)

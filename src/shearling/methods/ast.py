@@ -14,8 +14,7 @@ and sqrt(m2) is next to nothing. The appendix with the paper's hyper-parameters 
 Its relatives differ in little: no refresh is a fixed mask; no annealing is static SR-STE (arXiv 2102.04010) but for its
 momentum; lam = 0 is Dynamic Pruning with Feedback (2006.07253); ``coupled`` adds the decay to g, as the release does
 for LLaMA; ``l1`` takes lam instead of lam W from a masked weight, in the sense of CAST (2509.25996); ``soft``
-multiplies S-STE's softly thresholded weight (2409.09099). With ``optimizer = muon`` only the decay is Adam's: weights
-move along the orthogonalised first moment (train/muon.py).
+multiplies S-STE's softly thresholded weight (2409.09099).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from shearling.plan.patterns import Pattern, mask_of, num_kept
 from shearling.recipe import AST, SLoRB
 from shearling.surgery import adapters_of
 from shearling.sweep import Moments, Walk
-from shearling.train import Policy, StepContext, TrainSettings, decay_groups, join, orthogonal_steps
+from shearling.train import Policy, StepContext, TrainSettings, decay_groups, join
 
 
 def annealed(step: int, steps: int, decay: float, share: float) -> float:
@@ -70,7 +69,6 @@ class Strength:
     decay: float
     how: str = "decoupled"
     second_moment: str = "adam"
-    optimizer: str = "adam"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -80,10 +78,7 @@ class Strength:
 def annealed_adam_(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, mask: Tensor, step: int, strength: Strength
 ) -> None:
-    """One update of a weight and its moments in place; ``step`` counts from 1.
-
-    By Muon only decay is carried out here: its direction needs whole matrices.
-    """
+    """One update of a weight and its moments in place; ``step`` counts from 1."""
     b1, b2 = strength.betas
     rate = strength.rate / (1 - b1**step)
     weight.mul_(1 - strength.rate * strength.weight_decay)
@@ -98,12 +93,11 @@ def annealed_adam_(
     size = (second / (1 - b2**step)).sqrt_().add_(strength.eps)
     if strength.how != "coupled":
         weight.sub_(torch.minimum(rate * pull.abs_() / size, masked.abs()).copysign_(masked))
-    if strength.optimizer == "adam":
-        weight.addcdiv_(first, size, value=-rate)
+    weight.addcdiv_(first, size, value=-rate)
 
 
 class AnnealedAdamW(torch.optim.Optimizer):
-    """Adam or Muon over masked weights, with the decay of ``annealed_adam_``; ``strength`` is set before every step."""
+    """Adam over masked weights, with the decay of ``annealed_adam_``; ``strength`` is set before every step."""
 
     def __init__(self, weights: Iterable[nn.Parameter], masks: Iterable[Tensor], strength: Strength) -> None:
         super().__init__(weights, {})
@@ -138,19 +132,6 @@ class AnnealedAdamW(torch.optim.Optimizer):
                 continue
             for weight, gradient, first, second, mask in tensors:
                 annealed_adam_(weight, gradient, first, second, mask, number, self.strength)
-        if self.strength.optimizer == "muon":
-            self._step_by_muon([parameter for parameter in parameters if parameter.grad is not None])
-
-    def _step_by_muon(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Along the orthogonalised momentum, a step ahead (Nesterov's)."""
-        share, rate = self.strength.betas[0], self.strength.rate
-        whole = []
-        for parameter in parameters:
-            assert parameter.grad is not None
-            momentum = torch.lerp(parameter.grad, self.state[parameter]["exp_avg"], share)
-            whole.append(momentum.full_tensor() if isinstance(momentum, DTensor) else momentum)
-        for parameter, step in zip(parameters, orthogonal_steps(whole), strict=True):
-            _local(parameter).sub_(_part(step, parameter), alpha=rate)
 
 
 def _fusable(tensors: Sequence[tuple[Tensor, ...]]) -> bool:
@@ -256,10 +237,7 @@ class ASTPolicy(Policy):
         own = self.settings
         decay = annealed(ctx.step, ctx.total_steps, own.decay, own.anneal)
         rate = self._rate * ctx.rate
-        # Muon averages over more steps
-        betas = (0.95, 0.95) if own.optimizer == "muon" else (0.9, 0.95)
-        how = (own.decay_by, own.second_moment, own.optimizer, own.weight_decay, betas)
-        self._optimizer.strength = Strength(rate, decay, *how)
+        self._optimizer.strength = Strength(rate, decay, own.decay_by, own.second_moment, own.weight_decay)
         ctx.metrics["decay"] = decay
 
     @torch.no_grad()
@@ -437,7 +415,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _part(mask: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a mask, or of a step, that belongs to this process' part of a parameter."""
+    """The part of a mask that belongs to this process' part of a parameter."""
     if not isinstance(parameter, DTensor):
         return mask
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -228,8 +228,6 @@ class AST(Recover):
     decay_by: Literal["decoupled", "coupled", "l1"] = "decoupled"
     #: second moment of the gradient, or of what the weight moves by
     second_moment: Literal["adam", "ast"] = "adam"
-    #: what moves the weights under masks: Adam, or Muon, whose steps have all singular values alike
-    optimizer: Literal["adam", "muon"] = "adam"
     slorb: SLoRB | None = None
     #: weights are rounded to this grid in training, in groups along the input (a row each by default)
     quantise: Literal["int4", "int8", "uint4", "uint8", "float8_e4m3"] | None = None

@@ -6,7 +6,6 @@ from shearling.train.distill import Distillation
 from shearling.train.layerwise import LayerwiseDistillation
 from shearling.train.loop import TrainResult, train
 from shearling.train.loss import IGNORE, HeadLoss, chunked_cross_entropy, chunked_divergence, chunked_head_loss
-from shearling.train.muon import orthogonal_steps
 from shearling.train.offload import offloaded
 from shearling.train.optimizers import decay_groups
 from shearling.train.policy import Policy, StepContext
@@ -41,7 +40,6 @@ __all__ = [
     "in_dtype",
     "join",
     "offloaded",
-    "orthogonal_steps",
     "train",
     "validation_loss",
 ]
