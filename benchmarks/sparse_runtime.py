@@ -55,7 +55,7 @@ from shearling.runtime import (
     timed,
 )
 from shearling.runtime.paths import bytes_of
-from shearling.runtime.table import several, timed_ways, workspace_for
+from shearling.runtime.table import several, timed_ways
 from shearling.runtime.timing import interleaved, summary
 
 #: linears of a layer as (outputs, inputs), and how many there are
@@ -70,7 +70,7 @@ SMALL_LAYERS = {
 }
 TINY = {"tiny": {(64, 256): 2, (32, 384): 1}}
 #: names of ways that are ours
-OURS = ("lanes", "tiles", "mma", "expand")
+OURS = ("mma", "expand")
 FEW = (1, 2, 4, 8, 16)
 #: inputs that share a scale in 4 bits, and where these do not fill a weight's inputs
 GROUP, SMALL_GROUP = 128, 64
@@ -149,7 +149,6 @@ def check(bench: Bench) -> None:
             "INT8 branch": branch_of(down, up.contiguous(), kinds, eight_bits=True),
             "low rank": branch_of(*low, kinds),
         }
-        workspace = workspace_for(shape[0], weight_OI)
         for group in (0, group_of(shape)):
             copies: Any = {"dense": copy_of("dense", weight_OI, group)}
             few = [count for count in bench.tokens if count <= max(FEW)]
@@ -171,7 +170,7 @@ def check(bench: Bench) -> None:
                     if kind not in copies:
                         copies[kind] = copy_of(kind, weight_OI, group)
                     for what, branch in branches.items():
-                        found = product(path, x_MI, copies[kind], workspace, branch)
+                        found = product(path, x_MI, copies[kind], branch)
                         error = float((found.double() - exact[what]).norm() / exact[what].norm())
                         # one rounding to bfloat16 is 2e-3, and the 8 bits of an adapter are not in what is exact
                         if not error < (2e-2 if what == "INT8 branch" else 5e-3):
@@ -261,7 +260,6 @@ def shapes(bench: Bench) -> None:
             "branch": branch_of(down, up.contiguous(), list(COPIES.values())),
             "INT8 branch": branch_of(down, up.contiguous(), list(COPIES.values()), eight_bits=True),
         }
-        workspace = workspace_for(shape[0], weight_OI)
         copies: dict[tuple[str, int], list[Any]] = {}
         for tokens in bench.tokens:
             x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
@@ -273,8 +271,8 @@ def shapes(bench: Bench) -> None:
             for what, path, group, added in rows:
                 of = copies[COPIES[path.name], group]
                 beside = [fresh(branches[added]) if added else None for _ in of]
-                steps[what] = [partial(product, path, x_MI, c, workspace, b) for c, b in zip(of, beside, strict=True)]
-                size[what] = bytes_of(of[0]) + branch_bytes(path, beside[0])
+                steps[what] = [partial(product, path, x_MI, c, b) for c, b in zip(of, beside, strict=True)]
+                size[what] = bytes_of(of[0]) + branch_bytes(beside[0])
             least: dict[str, float] = {}
             if bench.gpu:
                 timings = timed_ways(steps, bench.device, bench.replays)
@@ -299,11 +297,9 @@ def fresh(branch: Branch) -> Branch:
     return Branch(branch.down, branch.up.clone(), branch.fragments._replace(values=parts[0], scales=parts[1]))
 
 
-def branch_bytes(path: Path, branch: Branch | None) -> int:
+def branch_bytes(branch: Branch | None) -> int:
     """What of a branch is read from memory; that of a block mean is only S."""
-    if branch is None:
-        return 0
-    return branch.fragments.bytes if path.name == "mma" and branch.fragments else branch.up.nbytes
+    return 0 if branch is None or branch.fragments is None else branch.fragments.bytes
 
 
 def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[str, Path, int, str]]:
@@ -327,7 +323,7 @@ def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[st
         ("2:4", ours, 0, ""),
         ("2:4, each alone", alone(ours), 0, ""),
         ("2:4 and branch", ours, 0, "branch"),
-        ("2:4 and INT8 branch", ours if ours is not None and ours.name == "mma" else None, 0, "INT8 branch"),
+        ("2:4 and INT8 branch", ours, 0, "INT8 branch"),
     ]
     if coarse:
         rows += [
@@ -341,8 +337,8 @@ def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[st
 
 
 def alone(path: Path | None) -> Path | None:
-    """The way without the start before the kernel before has ended, where it has one."""
-    if path is None or path.name != "mma":
+    """A way of a GPU without the start before the kernel before has ended."""
+    if path is None:
         return None
     return Path(path.name, tuple(Config(*path.option)._replace(early=False)))  # pyrefly: ignore[bad-argument-type]
 

@@ -175,7 +175,7 @@ def test_tokens_without_end_and_without_any():
 def test_branches_are_added():
     weight, x = random_24(12, 64, torch.float32, "cpu"), torch.randn(3, 64)
     branch = Branch(torch.randn(5, 64), torch.randn(12, 5))
-    found = product(Path("expand"), x, copy_of("masked", weight), None, branch)
+    found = product(Path("expand"), x, copy_of("masked", weight), branch)
     torch.testing.assert_close(found, x @ (weight + branch.up @ branch.down).T, rtol=1e-4, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from shearling.errors import ShearlingError
 from shearling.export import load_codes, save_model
 from shearling.export.compact import block_weights
+from shearling.kernels import nvrtc
 from shearling.kernels.compact24 import pack24, unpack24_int4
 from shearling.kernels.expand24 import obstacle
 from shearling.methods.quantise import plan_quantised
@@ -28,10 +30,12 @@ from shearling.runtime import (
     cached_table,
     copy_of,
     measure_table,
+    paths,
     product,
     random_24,
     table_file,
 )
+from shearling.runtime.paths import _algorithms
 from shearling.surgery import attach_adapters_, cut_
 from tests.tiny import FAMILIES, tiny_model, tiny_tokens
 
@@ -72,6 +76,51 @@ def test_ways_give_the_dense_product(name, group):
 def test_no_copy_of_what_is_not_24(kind):
     with pytest.raises(ShearlingError, match="is not 2:4"):
         copy_of(kind, torch.ones(16, 16))
+
+
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("missing", ["nothing", "nvrtc", "hopper", "nvrtc, cusparselt"])
+def test_what_a_gpu_without_our_kernels_falls_back_to(missing, group, monkeypatch):
+    def compiler():
+        if "nvrtc" in missing:
+            raise ShearlingError("no NVRTC")
+
+    monkeypatch.setattr(nvrtc, "_compiler", compiler)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0) if missing == "hopper" else (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "GPU")
+    algorithms = () if "cusparselt" in missing else (0, 3)
+    monkeypatch.setitem(paths.__globals__, "_algorithms", lambda *of: algorithms)
+    like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0), is_cuda=True)
+    found = paths(64, 256, 1, like, group)
+    # cuSPARSELt has no values of 4 bits
+    others = [] if group else [Path("cusparselt", (number,)) for number in algorithms]
+    rest = [path for path in found if path.name not in ("mma", "unpack")]
+    assert rest == [Path("dense"), Path("decompress"), *others]
+    assert ({path.name for path in found} >= {"mma", "unpack"}) == (missing == "nothing")
+    # a table that was measured with them is not taken without them
+    assert ("mma" in table_file(like.device).name) == (missing == "nothing")
+    key = Key(64, 256, "bfloat16", group, 1)
+    table = Table("GPU", "0", {key: {path: Timing(float(n), 0.0, 0.0) for n, path in enumerate(reversed(rest))}})
+    assert table.best(key) == rest[-1] and table.best(key, ["compact"]) == Path("decompress")
+
+
+def test_cusparselt_is_searched_by_the_function_that_there_is(monkeypatch):
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    # not in a build for CPUs
+    assert _algorithms(16, 32, 3, like) == ()
+
+    def searched(packed, x_IM, bias, alpha, dtype, transposed):
+        assert packed.shape == (16, 32) and x_IM.shape == (32, 8) and (bias, alpha, dtype) == (None, None, None)
+        assert transposed
+        return 5
+
+    monkeypatch.setattr("torch._cslt_compress", lambda weight: weight)
+    monkeypatch.setattr("torch._cslt_sparse_mm_search", searched)
+    monkeypatch.setattr("torch._C._cusparselt", SimpleNamespace(), raising=False)
+    assert _algorithms(16, 32, 3, like) == (0, 5)
+    newer = SimpleNamespace(mm_search=lambda *given: (searched(*given) + 1, 1, -1, 9))
+    monkeypatch.setattr("torch._C._cusparselt", newer, raising=False)
+    assert _algorithms(16, 32, 3, like) == (0, 6)
 
 
 @pytest.mark.parametrize("seconds", [DENSE_FIRST, COMPACT_FIRST])

@@ -1,8 +1,7 @@
 """Weights of 2:4 in 9/16 of their bytes: the two of every four that stay, and where in the four they stood.
 
 O outputs, I inputs, G = I / 4 groups, W = ceil(G / 8) words of positions. Word w of a row holds groups w, w + W, ...,
-w + 7 W, four bits each from the lowest: neighbouring words then need neighbouring values and inputs, whichever of their
-eight groups a kernel is at, so that it reads all of them 16 bytes at a time.
+w + 7 W, four bits each from the lowest; files have the same words.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class Compact24(NamedTuple):
 class Compact24Int4(NamedTuple):
     """A 2:4 weight of 4-bit codes, ``code * scale``, with a scale for every ``group`` dense inputs.
 
-    ``codes`` [O, 2 W] (int32): word w of half h holds the two codes of each of the groups w + (4 h + j) W, a byte from
-    bit 8 j. ``positions`` as in ``Compact24``, ``scales`` [O, I / group].
+    ``codes`` [O, G] (uint8): a byte for the two codes of a group, the first in its low half. ``positions`` as in
+    ``Compact24``, ``scales`` [O, I / group].
     """
 
     codes: Tensor
@@ -106,12 +105,8 @@ def pack24_int4(codes_OI: Tensor, scales_OG: Tensor, name: str = "weight") -> Co
     compact = pack24(codes_OI, name)
     group = codes_OI.shape[1] // scales_OG.shape[1]
     assert group * scales_OG.shape[1] == codes_OI.shape[1], "scales of equal groups"
-    first_OG, second_OG = compact.values.int().bitwise_and(15).unflatten(1, (-1, 2)).unbind(-1)
-    bytes_OHSW = _slots(first_OG | second_OG << 4).unflatten(1, (2, SLOTS // 2))
-    shifts_S1 = torch.arange(0, 32, 8, dtype=torch.int32, device=codes_OI.device)[:, None]
-    # distinct bits: their sum is their union, in two's complement too
-    codes = (bytes_OHSW << shifts_S1).sum(2, dtype=torch.int32).flatten(1)
-    return Compact24Int4(codes, compact.positions, scales_OG, group)
+    first_OG, second_OG = compact.values.bitwise_and(15).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
+    return Compact24Int4(first_OG | second_OG << 4, compact.positions, scales_OG, group)
 
 
 def unpack24_int4(compact: Compact24Int4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,29 +118,13 @@ def unpack24_int4(compact: Compact24Int4, dtype: torch.dtype = torch.float32) ->
 
 def codes24(compact: Compact24Int4) -> Compact24:
     """The codes alone, -8 to 7 (int32), where ``Compact24`` has values."""
-    groups, words = compact.shape[1] // 4, compact.positions.shape[1]
-    shifts_S1 = torch.arange(0, 32, 8, dtype=torch.int32, device=compact.codes.device)[:, None]
-    bytes_OHSW = compact.codes.view(-1, 2, 1, words) >> shifts_S1 & 255
-    bytes_OG = bytes_OHSW.flatten(1)[:, :groups]
-    codes_OG2 = torch.stack([bytes_OG & 15, bytes_OG >> 4], -1)
+    codes_OG2 = torch.stack([compact.codes & 15, compact.codes >> 4], -1).int()
     return Compact24(torch.where(codes_OG2 > 7, codes_OG2 - 16, codes_OG2).flatten(1), compact.positions)
 
 
 def fields24(compact: Compact24) -> Tensor:
     """Of every group the two positions in one number, the first in its two lower bits, [O, G] (int32)."""
     return _fields(compact.positions, compact.shape[1] // 4)
-
-
-def compact_product(
-    x_MI: Tensor, weight: Compact24 | Compact24Int4, branch: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """What kernels equal, [M, O] in float32: ``x W^T``, plus ``(x down^T) up^T`` of down [R, I] and up [O, R]."""
-    dense = unpack24(weight).float() if isinstance(weight, Compact24) else unpack24_int4(weight)
-    y_MO = x_MI.float() @ dense.T
-    if branch is not None:
-        down, up = branch
-        y_MO += x_MI.float() @ down.float().T @ up.float().T
-    return y_MO
 
 
 def _field(pattern: int) -> int:
@@ -166,16 +145,12 @@ def _positions(fields_OG: Tensor) -> Tensor:
     return torch.stack([fields_OG & 3, fields_OG >> 2 & 3], -1).long()
 
 
-def _slots(groups_OG: Tensor) -> Tensor:
-    """Of numbers a group, those of each slot of the words, [O, 8, W]; 0 for groups that are not there."""
-    groups = groups_OG.shape[1]
-    words = -(-groups // SLOTS)
-    return torch.nn.functional.pad(groups_OG, (0, SLOTS * words - groups)).unflatten(1, (SLOTS, words))
-
-
 def _words(fields_OG: Tensor) -> Tensor:
+    groups = fields_OG.shape[1]
+    words = -(-groups // SLOTS)
+    fields_OSW = torch.nn.functional.pad(fields_OG, (0, SLOTS * words - groups)).unflatten(1, (SLOTS, words))
     shifts_S1 = torch.arange(0, 32, 4, dtype=torch.int32, device=fields_OG.device)[:, None]
-    return (_slots(fields_OG) << shifts_S1).sum(1, dtype=torch.int32)
+    return (fields_OSW << shifts_S1).sum(1, dtype=torch.int32)
 
 
 def _fields(words_OW: Tensor, groups: int) -> Tensor:

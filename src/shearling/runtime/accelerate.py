@@ -19,7 +19,7 @@ from shearling.nn import EffectiveLinear, is_linear
 from shearling.plan import Codes, Quant
 from shearling.runtime.linear import Route, RoutedLinear
 from shearling.runtime.paths import COPIES, Path, branch_of, check_group, copy_of
-from shearling.runtime.table import TOKENS, Key, Table, measure_table, workspace_for
+from shearling.runtime.table import TOKENS, Key, Table, measure_table
 from shearling.surgery import adapters_of
 
 
@@ -77,7 +77,6 @@ def accelerate_(
         for shape in shapes
     }
     branches = adapters_of(model)
-    workspace = workspace_for(max(outputs for outputs, _ in shapes), like)
     held = dense = 0
     for name, weight in found.items():
         chosen = routes[weight.shape[0], weight.shape[1]]
@@ -93,7 +92,6 @@ def accelerate_(
             {kind: copy_of(kind, weight, group, None if codes is None else codes[name]) for kind in kinds},
             chosen,
             None if old.bias is None else old.bias.detach(),
-            workspace,
             branch,
         )
         model.set_submodule(name, new)

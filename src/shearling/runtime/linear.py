@@ -22,9 +22,8 @@ class Route(NamedTuple):
 class RoutedLinear(nn.Module):
     """Stands in for a linear with a 2:4 weight, in evaluation; holds the copies of the weight that its routes read.
 
-    ``routes`` are in rising order; more tokens than the last one's take it too. ``workspace`` may be shared by linears
-    that run one after another. It stays on its device and in its type, and has no gradient and no state to save:
-    asked for that it raises ShearlingError.
+    ``routes`` are in rising order; more tokens than the last one's take it too. It stays on its device and in its
+    type, and has no gradient and no state to save: asked for that it raises ShearlingError.
     """
 
     def __init__(
@@ -32,7 +31,6 @@ class RoutedLinear(nn.Module):
         copies: Mapping[str, Copy],
         routes: Sequence[Route],
         bias: Tensor | None,
-        workspace: Tensor | None,
         branch: Branch | None = None,
     ) -> None:
         super().__init__()
@@ -40,7 +38,6 @@ class RoutedLinear(nn.Module):
         self.routes = tuple(routes)
         self.copies = dict(copies)
         self.bias = bias
-        self.workspace = workspace
         self.branch = branch
         self.eval()
 
@@ -60,7 +57,7 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_MI = x.reshape(-1, x.shape[-1]).contiguous()
         path = self.path(x_MI.shape[0])
-        y_MO = product(path, x_MI, self.copies[COPIES[path.name]], self.workspace, self.branch)
+        y_MO = product(path, x_MI, self.copies[COPIES[path.name]], self.branch)
         if self.bias is not None:
             y_MO += self.bias
         return y_MO.view(*x.shape[:-1], y_MO.shape[-1])

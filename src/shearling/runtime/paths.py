@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shearling.errors import ShearlingError
-from shearling.kernels import triton_usable
 from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
 from shearling.kernels.expand24 import DTYPES as MASKED_DTYPES
 from shearling.kernels.expand24 import TOKENS as MASKED_TOKENS
@@ -39,10 +38,10 @@ Copy = Tensor | Compact24 | Compact24Int4 | Fragments | Masked24
 
 
 class Path(NamedTuple):
-    """One way: ``name`` of ``COPIES``, and which of its variants (an algorithm's number, a candidate's fields)."""
+    """One way: ``name`` of ``COPIES``, and which of its variants (an algorithm's number, a config's fields)."""
 
     name: str
-    option: tuple[int | str, ...] = ()
+    option: tuple[int, ...] = ()
 
 
 class Branch(NamedTuple):
@@ -60,8 +59,6 @@ class Branch(NamedTuple):
 COPIES = {
     "dense": "dense",
     "decompress": "compact",
-    "lanes": "compact",
-    "tiles": "compact",
     "unpack": "fragments",
     "mma": "fragments",
     "cusparselt": "cusparselt",
@@ -152,11 +149,6 @@ def paths(
     bfloat16, wanted = like.dtype == torch.bfloat16, set(COPIES if names is None else names)
     if "cusparselt" in wanted and _takes_cusparselt(outputs, inputs, like) and not group:
         found += [Path("cusparselt", (number,)) for number in _algorithms(outputs, inputs, tokens, like)]
-    if wanted & {"lanes", "tiles"} and bfloat16 and triton_usable(like):
-        from shearling.kernels.decode24 import TOKENS, candidates
-
-        if tokens <= TOKENS:
-            found += [Path(candidate.kind, tuple(candidate[1:])) for candidate in candidates(tokens)]
     if wanted & {"mma", "unpack"} and bfloat16 and not inputs % 8 and not obstacle(like.device):
         found.append(Path("unpack"))
         if tokens <= FRAGMENT_TOKENS:
@@ -180,19 +172,23 @@ def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[i
     weight_OI = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
     x_MI = torch.zeros(_padded(tokens), inputs, dtype=like.dtype, device=like.device)
     try:
-        packed = torch._cslt_compress(weight_OI)  # pyrefly: ignore[missing-attribute]
-        # pyrefly: ignore[missing-attribute]
-        found = torch._cslt_sparse_mm_search(packed, x_MI.T, transpose_result=True)
+        found = _preferred(torch._cslt_compress(weight_OI), x_MI.T)  # pyrefly: ignore[missing-attribute]
     except RuntimeError:
         # not in this build of torch, or not on this device
         return ()
-    return tuple(dict.fromkeys((0, int(found))))
+    return tuple(dict.fromkeys((0, found)))
 
 
-def product(
-    path: Path, x_MI: Tensor, copy: Copy, workspace: Tensor | None = None, branch: Branch | None = None
-) -> Tensor:
-    """``x W^T`` [M, O], and what the branch adds. ``workspace`` is decode24's, which lanes and tiles need."""
+def _preferred(packed: Tensor, x_IM: Tensor) -> int:
+    """The algorithm that the search prefers, by the function that PyTorch wants called, where a build has it."""
+    given = packed, x_IM, None, None, None, True
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    # pyrefly: ignore[missing-attribute]
+    return int(torch._cslt_sparse_mm_search(*given) if search is None else search(*given)[0])
+
+
+def product(path: Path, x_MI: Tensor, copy: Copy, branch: Branch | None = None) -> Tensor:
+    """``x W^T`` [M, O], and what the branch adds."""
     if path.name == "mma":
         assert isinstance(copy, Fragments)
         up = None if branch is None else branch.fragments
@@ -200,15 +196,9 @@ def product(
         # pyrefly: ignore[missing-attribute]
         given = F.linear(x_MI, branch.down) if up is not None and not up.block else None
         return product24(x_MI, copy, Config(*path.option), up, given)  # pyrefly: ignore[bad-argument-type]
-    if path.name in ("lanes", "tiles"):
-        from shearling.kernels.decode24 import Candidate, decode24
-
-        assert isinstance(copy, Compact24 | Compact24Int4) and workspace is not None
-        inner = None if branch is None else (F.linear(x_MI, branch.down), branch.up)
-        return decode24(x_MI, copy, Candidate(path.name, *path.option), workspace, inner)  # pyrefly: ignore
     if path.name == "cusparselt":
         assert isinstance(copy, Tensor)
-        y_MO = _cusparselt(x_MI, copy, int(path.option[0]))
+        y_MO = _cusparselt(x_MI, copy, path.option[0])
     elif isinstance(copy, Masked24) and path.name == "expand" and x_MI.shape[0] <= MASKED_TOKENS:
         y_MO = masked_product(x_MI, copy)
     else:
@@ -224,10 +214,6 @@ def decompressed(copy: Compact24 | Compact24Int4 | Fragments | Masked24, dtype: 
         return inflated(copy)
     if isinstance(copy, Fragments):
         return dense24(copy)
-    if triton_usable(copy.positions) and dtype == torch.bfloat16:
-        from shearling.kernels.decode24 import expand24
-
-        return expand24(copy)
     return unpack24(copy) if isinstance(copy, Compact24) else unpack24_int4(copy, dtype)
 
 

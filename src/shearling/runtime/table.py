@@ -17,6 +17,7 @@ from shearling.cache import cache_folder
 from shearling.errors import ShearlingError
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.expand24 import obstacle as cpu_obstacle
+from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import Fragments, compile_all, configs
 from shearling.plan import write_whole
 from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
@@ -25,7 +26,7 @@ from shearling.runtime.timing import Timing, cpu_rounds, interleaved, rounds, su
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
 #: raised when ways or the meaning of their options change
-_VERSION = 2
+_VERSION = 3
 
 
 class Key(NamedTuple):
@@ -154,7 +155,6 @@ def random_24(outputs: int, inputs: int, dtype: torch.dtype, device: torch.devic
 
 def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | None) -> dict[Path, Timing]:
     x_MI = torch.randn(key.tokens, key.inputs, device=weight_OI.device).to(weight_OI.dtype)
-    workspace = workspace_for(key.outputs, weight_OI)
     wanted = None if ways is None else {"dense", *ways}
     found = paths(key.outputs, key.inputs, key.tokens, weight_OI, key.group, wanted)
     copies = several(
@@ -162,7 +162,7 @@ def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | 
     )
     if "fragments" in copies:
         compile_ahead(key, copies["fragments"][0])
-    steps = {p: [partial(product, p, x_MI, copy, workspace) for copy in copies[COPIES[p.name]]] for p in found}
+    steps = {p: [partial(product, p, x_MI, copy) for copy in copies[COPIES[p.name]]] for p in found}
     return timed_ways(steps, weight_OI.device, replays)
 
 
@@ -204,20 +204,9 @@ def duplicate(copy: Copy) -> Copy:
     return type(copy)(*parts)
 
 
-def workspace_for(outputs: int, like: Tensor) -> Tensor | None:
-    """What decode24 needs beside a weight, where its kernels can run."""
-    from shearling.kernels import triton_usable
-
-    if not triton_usable(like):
-        return None
-    from shearling.kernels.decode24 import workspace_of
-
-    return workspace_of(outputs, like.device)
-
-
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
     # a table of ways that can no longer be taken, or without those that can, is another one
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}-{'mma' if obstacle(device) is None else 'dense'}"
     ways = "expand" if cpu_obstacle() is None else "dense"
     return f"{device.type}-{platform.machine()}-{processor()}-{torch.get_num_threads()}-{ways}"
