@@ -31,7 +31,7 @@ struct Block {
     std::vector<char> memory;
     char* start() { return memory.data() + (16 - (uintptr_t)memory.data() % 16) % 16; }
 };
-static thread_local u32 here_thread, here_x, here_y, ranks_of_cluster;
+static thread_local u32 here_thread, here_x, here_y;
 static thread_local Block* block;
 static thread_local std::vector<std::unique_ptr<Block>>* cluster;
 static thread_local std::barrier<>* cluster_meet;
@@ -40,7 +40,6 @@ static thread_local std::barrier<>* cluster_meet;
 static u32 thread_index() { return here_thread; }
 static u32 block_x() { return here_x; }
 static u32 block_y() { return here_y; }
-static u32 grid_y() { return ranks_of_cluster; }
 static u32 address_of(const void* p) {
     ptrdiff_t at = (const char*)p - block->start();
     assert(at >= 0 && at < (ptrdiff_t)block->memory.size());
@@ -48,10 +47,9 @@ static u32 address_of(const void* p) {
 }
 static void block_sync() { block->meet.arrive_and_wait(); }
 static void cluster_sync() { cluster_meet->arrive_and_wait(); }
-static float of_rank(const float* p, u32 rank) {
-    float value;
-    memcpy(&value, (*cluster)[rank]->start() + address_of(p), 4);
-    return value;
+static void of_rank(float (&four)[4], const float* p, u32 rank) {
+    assert(address_of(p) % 16 == 0);
+    memcpy(four, (*cluster)[rank]->start() + address_of(p), 16);
 }
 static void wait_for_kernel_before() {}
 static void let_next_kernel_start() {}
@@ -134,7 +132,7 @@ static void launch(int grid_x, int ranks, int threads, int bytes, Work work) {
         for (int y = 0; y < ranks; ++y)
             for (int t = 0; t < threads; ++t)
                 crowd.emplace_back([&, y, t] {
-                    here_thread = t, here_x = x, here_y = y, ranks_of_cluster = ranks;
+                    here_thread = t, here_x = x, here_y = y;
                     block = blocks[y].get(), cluster = &blocks, cluster_meet = &all;
                     work();
                 });
@@ -145,9 +143,9 @@ static void launch(int grid_x, int ranks, int threads, int bytes, Work work) {
 }
 
 extern "C" void product(int grid_x, int ranks, int bytes, Weights* w, Branch* branch, const u16* x, const u16* bias,
-                        u16* y, int tokens, int outputs, int inputs, int grain, int widest, int widest_inner) {
+                        u16* y, int tokens, int outputs, int inputs, int widest, int widest_inner) {
     launch(grid_x, ranks, WARPS * 32, bytes, [=] {
-        product24(*w, *branch, x, bias, y, tokens, outputs, inputs, grain, widest, widest_inner);
+        product24(*w, *branch, x, bias, y, tokens, outputs, inputs, widest, widest_inner);
     });
 }
 extern "C" void unpack(int grid_x, int grid_y, Weights* w, u16* dense, int outputs, int inputs) {

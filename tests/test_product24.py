@@ -39,18 +39,24 @@ needs_hopper = pytest.mark.skipif(
 
 #: outputs, inputs, tokens, group (0: bfloat16), branch (None, given, or block), 8 bits, how
 CASES = [
-    (16, 64, 1, 0, None, False, Config(1, 1, 1, 1)),
-    (40, 200, 3, 0, None, False, Config(2, 2, 1, 1)),
-    (32, 512, 8, 0, None, False, Config(1, 2, 2, 2)),
-    (16, 384, 11, 0, None, False, Config(1, 2, 2, 3)),
-    (16, 640, 2, 0, "given", False, Config(1, 2, 2, 2)),
-    (24, 1040, 2, 0, "block", False, Config(1, 2, 3, 2)),
-    (16, 1024, 1, 0, "block", True, Config(1, 2, 2, 2)),
-    (16, 128, 1, 128, None, False, Config(1, 1, 1, 1)),
-    (40, 384, 9, 128, None, False, Config(2, 2, 1, 1)),
-    (16, 576, 2, 64, None, False, Config(1, 2, 2, 2)),
-    (16, 256, 1, 32, "given", True, Config(1, 2, 1, 1)),
-    (16, 1152, 2, 128, "block", True, Config(1, 2, 2, 2)),
+    (16, 64, 1, 0, None, False, Config(1, 1, 1, 1, 1)),
+    (40, 200, 3, 0, None, False, Config(2, 2, 1, 1, 1)),
+    (32, 512, 8, 0, None, False, Config(1, 2, 1, 2, 2)),
+    (16, 384, 11, 0, None, False, Config(1, 2, 1, 2, 3)),
+    (16, 640, 2, 0, "given", False, Config(1, 2, 1, 2, 2)),
+    (24, 1040, 2, 0, "block", False, Config(1, 2, 1, 3, 2)),
+    (16, 1024, 1, 0, "block", True, Config(1, 2, 1, 2, 2)),
+    (16, 128, 1, 128, None, False, Config(1, 1, 1, 1, 1)),
+    (40, 384, 9, 128, None, False, Config(2, 2, 1, 1, 1)),
+    (16, 576, 2, 64, None, False, Config(1, 2, 1, 2, 2)),
+    (16, 256, 1, 32, "given", True, Config(1, 2, 1, 1, 1)),
+    (16, 1152, 2, 128, "block", True, Config(1, 2, 1, 2, 2)),
+    (40, 320, 3, 0, None, False, Config(1, 2, 2, 2, 1)),
+    (72, 640, 11, 0, "block", False, Config(1, 4, 2, 1, 3)),
+    (64, 512, 9, 0, "given", True, Config(2, 2, 2, 2, 2)),
+    (96, 1408, 1, 0, "block", True, Config(1, 2, 2, 2, 4)),
+    (72, 640, 10, 128, "block", False, Config(2, 4, 2, 1, 2)),
+    (48, 768, 17, 64, "given", False, Config(1, 2, 2, 1, 2)),
 ]
 LARGE = [(4096, 4096), (1024, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (576, 1536)]
 
@@ -151,7 +157,8 @@ def test_every_shape_has_ways_whose_blocks_share_all_inputs(shape, tokens, int4)
     outputs, inputs = shape
     step = 128 if int4 else 64
     for config in configs(outputs, inputs, tokens, int4):
-        assert config.ranks in (1, 2, 4, 8) and config.warps <= 32 and config.ranks <= -(-inputs // step)
+        assert config.ranks in (1, 2, 4, 8) and config.warps <= 32 and config.warps % config.spread == 0
+        assert config.ranks <= -(-inputs // step)
 
 
 def test_source_compiles_for_hopper():

@@ -2,14 +2,16 @@
 //
 // Weights lie in memory in the order in which mma.sp takes them (kernels/product24.py packs them), so that every load is
 // 16 bytes a thread, neighbours in a warp, and nothing is unpacked: sparse weights are operand A, tokens are the columns
-// of operand B. A block has ROW_TILES * 16 outputs and a part of the inputs, which its warps take in turn; blocks of a
-// cluster share outputs. Sums meet in shared memory, first of a block, then of the cluster, always in the same order.
+// of operand B. SPREAD warps of a block have ROW_TILES * 16 outputs each; the warps behind each of them share its
+// outputs, and take the block's inputs in turn. Blocks of a cluster share outputs too. Sums meet in shared memory, first
+// of a block, then of the cluster, always in the same order.
 //
 // No header is needed. What is of this machine alone stands first, so that the rest also compiles as plain C++.
 //
-// Macros: INT4 (0: bfloat16 values; 1: 4-bit codes), GROUP (inputs of a scale), ROW_TILES, WARPS, TOKEN_TILES (of 8),
-// STEPS (loads in flight, in steps), BLOCKS (a multiprocessor holds at least so many), BRANCH (0 none, 1: t is given,
-// 2: t is the sum of every BLOCK inputs), UP8 (S in 8 bits), EARLY (starts before the kernel before it has ended).
+// Macros: INT4 (0: bfloat16 values; 1: 4-bit codes), GROUP (inputs of a scale), ROW_TILES, WARPS, SPREAD, TOKEN_TILES
+// (of 8), STEPS (loads in flight, in steps), RANKS (blocks of a cluster), BLOCKS (a multiprocessor holds at least so
+// many), BRANCH (0 none, 1: t is given, 2: t is the sum of every BLOCK inputs), UP8 (S in 8 bits), EARLY (starts before
+// the kernel before it has ended).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -24,18 +26,16 @@ extern __shared__ Quad shared_memory[];
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE u32 block_x() { return blockIdx.x; }
 DEVICE u32 block_y() { return blockIdx.y; }
-DEVICE u32 grid_y() { return gridDim.y; }
 DEVICE u32 address_of(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
 DEVICE void block_sync() { __syncthreads(); }
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-DEVICE float of_rank(const float* shared, u32 rank) {
+DEVICE void of_rank(float (&four)[4], const float* shared, u32 rank) {
     u32 there;
-    float value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address_of(shared)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-    return value;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3]) : "r"(there) : "memory");
 }
 DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -109,6 +109,10 @@ constexpr int PAD = 8;
 constexpr int BRANCH_STEP = 32;
 // two sums in turn where there are few, or products would wait for each other
 constexpr int CHAINS = ROW_TILES * TOKEN_TILES >= 4 || INT4 ? 1 : 2;
+// warps that share outputs
+constexpr int TURNS = WARPS / SPREAD;
+// outputs of a block, and how far apart the sums of two tokens stand: those that a warp writes at once meet in no bank
+constexpr int ROWS = SPREAD * ROW_TILES * 16, APART = ROWS + 4;
 
 // What a thread holds of ROW_TILES * 16 outputs and STEP_INPUTS inputs.
 struct Step {
@@ -269,93 +273,109 @@ DEVICE void operand_places(u32 (&at)[TOKEN_TILES], u32 (&move)[TOKEN_TILES], con
     }
 }
 
-// grain: cluster ranks begin at multiples of so many steps; widest: the inputs of the rank that has most, likewise
-// widest_inner of the rank's. x [tokens, inputs], y [tokens, outputs], bias [outputs] or null.
-KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y, int tokens, int outputs, int inputs, int grain, int widest, int widest_inner) {
-    const int lane = thread_index() % 32, warp = thread_index() / 32, thread = thread_index();
-    const int row_tile = block_x() * ROW_TILES;
-    const int rank = block_y(), ranks = grid_y();
-    const int grains = (w.steps + grain - 1) / grain;
-    const int begin = rank * grains / ranks * grain;
-    const int last = (rank + 1) * grains / ranks * grain;
-    const int end = last < w.steps ? last : w.steps;
+// widest: the inputs of the rank that has most; widest_inner: likewise of what its branch reads. x [tokens, inputs],
+// y [tokens, outputs], bias [outputs] or null.
+KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y, int tokens, int outputs, int inputs, int widest, int widest_inner) {
+    const int lane = thread_index() % 32, thread = thread_index();
+    const int beside = thread / 32 % SPREAD, turn = thread / 32 / SPREAD;
+    const int row_tile = (block_x() * SPREAD + beside) * ROW_TILES;
+    const int rank = block_y();
+    const int begin = rank * w.steps / RANKS, end = (rank + 1) * w.steps / RANKS;
 
-    // zeros, tokens (later the warps' sums), the branch's tokens, the block's sums
+    // zeros, tokens (later the sums of each turn), the branch's tokens, the block's sums
     Quad* zeros = shared_memory;
     u16* rows = (u16*)(shared_memory + 1);
     const int stride = widest + PAD;
-    const int space = tokens * stride * 2 > WARPS * ROW_TILES * 16 * tokens * 4 ? tokens * stride * 2
-                                                                               : WARPS * ROW_TILES * 16 * tokens * 4;
-    u16* inner = rows + space / 2;
+    const int of_tokens = tokens * stride * 2, of_turns = TURNS > 1 ? TURNS * tokens * APART * 4 : 0;
+    u16* inner = rows + (of_tokens > of_turns ? of_tokens : of_turns) / 2;
     const int inner_stride = widest_inner + PAD;
     float* total = (float*)(inner + (BRANCH ? tokens * inner_stride : 0));
 
     Step steps[STEPS];
-    const int first = begin + warp;
+    const int first = begin + turn;
 #pragma unroll
     for (int i = 0; i < STEPS; ++i)
-        if (first + i * WARPS < end) fetch(steps[i], w, row_tile, first + i * WARPS, lane);
+        if (first + i * TURNS < end) fetch(steps[i], w, row_tile, first + i * TURNS, lane);
+    const int from = begin * STEP_INPUTS, width = (end - begin) * STEP_INPUTS;
 #if BRANCH
-    const int up_begin = BRANCH == 2 ? begin * STEP_INPUTS / (branch.block * BRANCH_STEP) : rank * branch.steps / ranks;
-    const int up_last = BRANCH == 2 ? (end * STEP_INPUTS + branch.block * BRANCH_STEP - 1) / (branch.block * BRANCH_STEP)
-                                    : (rank + 1) * branch.steps / ranks;
+    // of block sums, all that its inputs have a part in
+    const int of_step = branch.block * BRANCH_STEP;
+    const int up_begin = BRANCH == 2 ? from / of_step : rank * branch.steps / RANKS;
+    const int up_last = BRANCH == 2 ? (from + width + of_step - 1) / of_step : (rank + 1) * branch.steps / RANKS;
     const int up_end = up_last < branch.steps ? up_last : branch.steps;
     Up up;
     // those that come last, so that warps with one step fewer have them
-    const int up_first = up_begin + (WARPS - 1 - warp);
-    if (up_first < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, up_first, lane);
+    int up_now = up_begin + (TURNS - 1 - turn);
+    if (up_now < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, up_now, lane);
 #endif
     if (EARLY) {
         let_next_kernel_start();
         wait_for_kernel_before();
     }
 
-    const int from = begin * STEP_INPUTS;
-    const int width = (end - begin) * STEP_INPUTS / 8;
     if (thread == 0) *zeros = Quad{{0, 0, 0, 0}};
-    for (int m = 0; m < tokens; ++m)
-        for (int c = thread; c < width; c += WARPS * 32) {
-            const bool there = from + c * 8 < inputs;
-            copy16((Quad*)(rows + m * stride + c * 8), (const Quad*)(x + (there ? (u64)m * inputs + from + c * 8 : 0)), there);
-        }
+    for (int i = thread; i < tokens * (width / 8); i += WARPS * 32) {
+        const int m = i / (width / 8), c = i % (width / 8) * 8;
+        const bool there = from + c < inputs;
+        copy16((Quad*)(rows + m * stride + c), (const Quad*)(x + (there ? (u64)m * inputs + from + c : 0)), there);
+    }
 #if BRANCH == 1
-    for (int m = 0; m < tokens; ++m)
-        for (int c = thread; c < (up_end - up_begin) * BRANCH_STEP / 8; c += WARPS * 32) {
-            const int from_inner = up_begin * BRANCH_STEP + c * 8;
-            const bool there = from_inner < branch.rank;
-            copy16((Quad*)(inner + m * inner_stride + c * 8),
-                   (const Quad*)(branch.inner + (there ? (u64)m * branch.rank + from_inner : 0)), there);
-        }
+    const int inner_width = (up_end - up_begin) * BRANCH_STEP;
+    for (int i = thread; i < tokens * (inner_width / 8); i += WARPS * 32) {
+        const int m = i / (inner_width / 8), c = i % (inner_width / 8) * 8, at = up_begin * BRANCH_STEP + c;
+        const bool there = at < branch.rank;
+        copy16((Quad*)(inner + m * inner_stride + c), (const Quad*)(branch.inner + (there ? (u64)m * branch.rank + at : 0)), there);
+    }
 #endif
     wait_for_copies();
     block_sync();
 #if BRANCH == 2
-    for (int m = 0; m < tokens; ++m)
-        for (int c = thread; c < (up_end - up_begin) * BRANCH_STEP; c += WARPS * 32) {
-            float sum = 0.f;
-            const int at = c * branch.block;
-            if (at < width * 8)
-                for (int i = 0; i < branch.block; i += 8) {
-                    Quad q = *(const Quad*)(rows + m * stride + at + i);
+    const int inner_width = (up_end - up_begin) * BRANCH_STEP;
+    for (int i = thread; i < tokens * inner_width; i += WARPS * 32) {
+        const int m = i / inner_width, c = i % inner_width;
+        float sum = 0.f;
+        for (int at = (up_begin * BRANCH_STEP + c) * branch.block - from, to = at + branch.block; at < to; at += 8)
+            if (at >= 0 && at < width) {
+                Quad q = *(const Quad*)(rows + m * stride + at);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) sum += low_half(q.at[j]) + high_half(q.at[j]);
-                }
-            inner[m * inner_stride + c] = (u16)rounded_pair(sum, 0.f);
-        }
+                for (int j = 0; j < 4; ++j) sum += low_half(q.at[j]) + high_half(q.at[j]);
+            }
+        inner[m * inner_stride + c] = (u16)rounded_pair(sum, 0.f);
+    }
     block_sync();
 #endif
 
     Sums sums[CHAINS] = {}, part;
     u32 at[TOKEN_TILES], move[TOKEN_TILES];
     operand_places(at, move, rows, stride, zeros, tokens, lane);
-    for (int base = first; base < end; base += STEPS * WARPS) {
+#if BRANCH
+    u32 inner_at[TOKEN_TILES], inner_move[TOKEN_TILES];
+    operand_places(inner_at, inner_move, inner, inner_stride, zeros, tokens, lane);
+#if UP8
+    Sums added = {};
+#else
+    Sums& added = sums[0];
+#endif
+    const auto branch_step = [&] {
+        multiply_up(added, up, inner_at, inner_move, up_now - up_begin);
+        up_now += TURNS;
+        if (up_now < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, up_now, lane);
+    };
+#endif
+    for (int base = first; base < end; base += STEPS * TURNS) {
 #pragma unroll
         for (int i = 0; i < STEPS; ++i) {
-            const int now = base + i * WARPS;
+            const int now = base + i * TURNS;
             if (now < end) multiply<0>(sums, part, steps[i], at, move, now - begin);
-            if (now + STEPS * WARPS < end) fetch(steps[i], w, row_tile, now + STEPS * WARPS, lane);
+            if (now + STEPS * TURNS < end) fetch(steps[i], w, row_tile, now + STEPS * TURNS, lane);
         }
+#if BRANCH
+        if (up_now < up_end) branch_step();
+#endif
     }
+#if BRANCH
+    while (up_now < up_end) branch_step();
+#endif
 #pragma unroll
     for (int chain = 1; chain < CHAINS; ++chain)
 #pragma unroll
@@ -364,18 +384,12 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sums[0][r][n][i] += sums[chain][r][n][i];
-#if BRANCH
-    Sums added = {};
-    operand_places(at, move, inner, inner_stride, zeros, tokens, lane);
-    for (int now = up_first; now < up_end; now += WARPS) {
-        multiply_up(added, up, at, move, now - up_begin);
-        if (now + WARPS < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, now + WARPS, lane);
-    }
+#if BRANCH && UP8
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
         const int row = (row_tile + r) * 16 + lane / 4;
-        const float low = UP8 && row < outputs ? branch.up_scales[row] : 1.f;
-        const float high = UP8 && row + 8 < outputs ? branch.up_scales[row + 8] : 1.f;
+        const float low = row < outputs ? branch.up_scales[row] : 1.f;
+        const float high = row + 8 < outputs ? branch.up_scales[row + 8] : 1.f;
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
@@ -383,42 +397,58 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     }
 #endif
 
-    // tokens in shared memory are no longer read
-    block_sync();
-    constexpr int ROWS = ROW_TILES * 16;
-    const int sums_of_warp = ROWS * tokens;
-    float* meet = (float*)rows;
+    // tokens in shared memory are no longer read where turns meet
+    if (TURNS > 1) block_sync();
+    float* meet = TURNS > 1 ? (float*)rows + turn * tokens * APART : total;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int row = r * 16 + lane / 4 + i / 2 * 8, token = n * 8 + lane % 4 * 2 + i % 2;
-                if (token < tokens) meet[warp * sums_of_warp + token * ROWS + row] = sums[0][r][n][i];
+                const int row = (beside * ROW_TILES + r) * 16 + lane / 4 + i / 2 * 8, token = n * 8 + lane % 4 * 2 + i % 2;
+                if (token < tokens) meet[token * APART + row] = sums[0][r][n][i];
             }
-    block_sync();
-    for (int o = thread; o < sums_of_warp; o += WARPS * 32) {
-        float sum = 0.f;
+    if (TURNS > 1) {
+        block_sync();
+        for (int i = thread; i < tokens * ROWS; i += WARPS * 32) {
+            const int o = i / ROWS * APART + i % ROWS;
+            float sum = 0.f;
 #pragma unroll
-        for (int k = 0; k < WARPS; ++k) sum += meet[k * sums_of_warp + o];
-        total[o] = sum;
+            for (int k = 0; k < TURNS; ++k) sum += ((const float*)rows)[k * tokens * APART + o];
+            total[o] = sum;
+        }
     }
-    if (ranks > 1) cluster_sync();
-    for (int o = thread * ranks + rank; o < sums_of_warp; o += WARPS * 32 * ranks) {
-        float sum = 0.f;
-        if (ranks > 1)
-            for (int k = 0; k < ranks; ++k) sum += of_rank(total + o, k);
-        else
-            sum = total[o];
-        const int row = row_tile * 16 + o % ROWS, token = o / ROWS;
-        if (row < outputs) {
-            if (bias) sum += low_half(bias[row]);
-            y[(u64)token * outputs + row] = (u16)rounded_pair(sum, 0.f);
+    if (RANKS > 1)
+        cluster_sync();
+    else
+        block_sync();
+    // four outputs at a time, of which every rank has a part
+    const int fours = tokens * (ROWS / 4), share = (fours + RANKS - 1) / RANKS;
+    for (int i = rank * share + thread; i < fours && i < (rank + 1) * share; i += WARPS * 32) {
+        const int token = i / (ROWS / 4), o = i % (ROWS / 4) * 4, row = block_x() * ROWS + o;
+        float found[RANKS][4];
+#pragma unroll
+        for (int k = 0; k < RANKS; ++k) {
+            const float* at_rank = total + token * APART + o;
+            if (RANKS > 1)
+                of_rank(found[k], at_rank, k);
+            else
+                for (int j = 0; j < 4; ++j) found[k][j] = at_rank[j];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float sum = 0.f;
+#pragma unroll
+            for (int k = 0; k < RANKS; ++k) sum += found[k][j];
+            if (row + j < outputs) {
+                if (bias) sum += low_half(bias[row + j]);
+                y[(u64)token * outputs + row + j] = (u16)rounded_pair(sum, 0.f);
+            }
         }
     }
     // no block may end while others read its sums
-    if (ranks > 1) cluster_sync();
+    if (RANKS > 1) cluster_sync();
 }
 
 // The dense weight [outputs, inputs] again, for products of many tokens; a warp for ROW_TILES * 16 outputs and a step.

@@ -9,6 +9,7 @@ mma.m16n8k32"). R row tiles, S steps of 64 inputs (128 in 4 bits), padded with z
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,7 +31,19 @@ STEP, STEP_INT4, STEP_UP = 64, 128, 32
 GROUPS = (32, 64, 128)
 #: a field of positions 0 and 1, for groups that are not there
 _NOWHERE = 4
-_ROWS, _PAD, _REGISTERS, _SHARED = 16, 8, 65536, 227 * 1024
+_ROWS, _PAD, _APART, _REGISTERS, _SHARED = 16, 8, 4, 65536, 227 * 1024
+#: (row tiles, warps, spread, steps) of blocks: loads under way are half a kilobyte a warp to several, over all of a
+#: multiprocessor, and the more outputs a block has, the fewer times tokens are read
+_SHAPES = (
+    *((1, 8, 1, 4), (1, 8, 1, 8), (2, 4, 1, 4), (2, 8, 1, 4), (4, 4, 1, 2), (4, 8, 1, 2)),
+    *((1, 8, 2, 4), (2, 8, 2, 4), (2, 4, 2, 4), (1, 8, 4, 8), (2, 8, 4, 4), (4, 8, 2, 2), (4, 8, 4, 2)),
+    *((1, 8, 8, 8), (2, 4, 4, 4), (2, 8, 8, 4), (4, 4, 4, 2), (4, 8, 8, 2)),
+)
+_SHAPES_INT4 = (
+    *((1, 8, 1, 2), (1, 4, 1, 4), (2, 4, 1, 4), (2, 8, 1, 2), (4, 4, 1, 2), (4, 8, 1, 1)),
+    *((1, 8, 2, 4), (2, 8, 2, 2), (2, 4, 2, 4), (1, 8, 4, 4), (2, 8, 4, 4), (4, 8, 2, 2), (4, 8, 4, 2)),
+    *((1, 8, 8, 4), (2, 4, 4, 4), (2, 8, 8, 4), (4, 4, 4, 2), (4, 8, 8, 2)),
+)
 _SOURCE = "product24.cu"
 
 
@@ -77,14 +90,15 @@ class Up(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How a product is spread out: a block of ``warps`` has ``row_tiles`` * 16 outputs, which ``ranks`` blocks share.
+    """How a product is spread out: ``spread`` of the ``warps`` of a block have ``row_tiles`` * 16 outputs each.
 
-    Every warp has ``steps`` of its inputs under way at once. ``early``: weights are loaded while the kernel before
-    still runs; they must not be what that writes.
+    The warps behind each of them take the block's inputs in turn, ``steps`` under way at once. ``ranks`` blocks share
+    outputs. ``early``: weights are loaded while the kernel before still runs; they must not be what that writes.
     """
 
     row_tiles: int
     warps: int
+    spread: int
     steps: int
     ranks: int
     early: bool = True
@@ -145,20 +159,14 @@ def in_8_bits(up_OR: Tensor) -> tuple[Tensor, Tensor]:
 def configs(outputs: int, inputs: int, tokens: int, int4: bool) -> tuple[Config, ...]:
     """What may be the fastest for a shape: enough blocks to fill a Hopper GPU, and not many times more."""
     tiles, steps = -(-outputs // _ROWS), -(-inputs // (STEP_INT4 if int4 else STEP))
-    # loads under way: half a kilobyte to one of values a thread and more, over all of a multiprocessor
-    shapes = (
-        ((1, 4, 4), (1, 8, 4), (1, 8, 2), (2, 4, 4), (2, 8, 2), (4, 4, 2), (4, 8, 1))
-        if int4
-        else ((1, 4, 8), (1, 8, 4), (1, 8, 8), (1, 16, 4), (2, 4, 4), (2, 8, 4), (4, 4, 2), (4, 8, 2))
-    )
     found = []
-    for row_tiles, warps, ahead in shapes:
+    for row_tiles, warps, spread, ahead in _SHAPES_INT4 if int4 else _SHAPES:
         for ranks in (1, 2, 4, 8):
-            blocks = -(-tiles // row_tiles) * ranks
-            if ranks * warps <= steps and 100 <= blocks <= 1100:
-                found.append(Config(row_tiles, warps, ahead, ranks))
+            blocks = -(-tiles // (spread * row_tiles)) * ranks
+            if ranks * warps // spread <= steps and 100 <= blocks <= 1100:
+                found.append(Config(row_tiles, warps, spread, ahead, ranks))
     if not found:
-        found = [Config(1, 4, 2, 1)]
+        found = [Config(1, 4, 1, 2, 1)]
     widths = [-(-steps // config.ranks) * (STEP_INT4 if int4 else STEP) for config in found]
     # x of a block, half of which is left to what a branch needs and to a second block
     return tuple(c for c, width in zip(found, widths, strict=True) if tokens * (width + _PAD) * 2 <= _SHARED // 2)
@@ -196,7 +204,7 @@ def product24(
 def dense24(weight: Fragments) -> Tensor:
     """The dense weight [O, I] again, in bfloat16; to the bit, where there are no scales."""
     dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
-    macros = _macros(weight, Config(1, 8, 1, 1), 1, None)
+    macros = _macros(weight, Config(1, 8, 1, 1, 1), 1, None)
     with torch.cuda.device_of(dense):
         kernel = _kernel("unpack24", dense.device.index or 0, tuple(sorted(macros.items())))
         kernel((weight.values.shape[0], -(-weight.values.shape[1] // 8)), 256, 0, unpack_arguments(weight, dense))
@@ -254,22 +262,19 @@ def launch_of(
     tokens, inputs = x_MI.shape
     assert 1 <= tokens <= TOKENS and inputs % 8 == 0, (tokens, inputs)
     step, steps = STEP_INT4 if weight.group else STEP, weight.values.shape[1]
-    summed = up is not None and up.block > 0
-    grain = STEP_UP * up.block // step if up is not None and summed else 1
-    starts = [rank * -(-steps // grain) // config.ranks * grain for rank in range(config.ranks)]
-    ends = [min(end, steps) for end in [*starts[1:], steps]]
-    widest = step * max(end - start for start, end in zip(starts, ends, strict=True))
+    starts = [rank * steps // config.ranks * step for rank in range(config.ranks + 1)]
+    pairs = list(itertools.pairwise(starts))
+    widest = max(end - start for start, end in pairs)
     up_steps = 0 if up is None else -(-up.rank // STEP_UP)
-    if up is not None and summed:
-        widest_inner = STEP_UP * max(
-            -(-(e - s) * step // (STEP_UP * up.block)) for s, e in zip(starts, ends, strict=True)
-        )
+    if up is not None and up.block:
+        of_step = STEP_UP * up.block
+        widest_inner = STEP_UP * max(-(-end // of_step) - start // of_step for start, end in pairs)
     else:
         assert up is None or (inner_MR is not None and inner_MR.shape == (tokens, up.rank)), "t must be given"
         assert up is None or up.rank % 8 == 0, up.rank
         widest_inner = STEP_UP * -(-up_steps // config.ranks)
-    rows = _ROWS * config.row_tiles
-    shared = 16 + max(tokens * (widest + _PAD) * 2, config.warps * rows * tokens * 4) + rows * tokens * 4
+    turns, apart = config.warps // config.spread, config.spread * config.row_tiles * _ROWS + _APART
+    shared = 16 + max(tokens * (widest + _PAD) * 2, turns * tokens * apart * 4 if turns > 1 else 0) + tokens * apart * 4
     if up is not None:
         shared += tokens * (widest_inner + _PAD) * 2
     branch = _Branch(
@@ -280,10 +285,10 @@ def launch_of(
         up_steps,
         0 if up is None else up.block,
     )
-    numbers = (tokens, weight.outputs, inputs, grain, widest, widest_inner)
+    numbers = (tokens, weight.outputs, inputs, widest, widest_inner)
     return Launch(
         _macros(weight, config, tokens, up),
-        (-(-weight.values.shape[0] // config.row_tiles), config.ranks),
+        (-(-weight.values.shape[0] // (config.spread * config.row_tiles)), config.ranks),
         shared,
         [
             _weights(weight),
@@ -333,17 +338,20 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _macros(weight: Fragments, config: Config, tokens: int, up: Up | None) -> dict[str, int]:
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    # what a thread holds: loads under way, sums, and what counting takes
-    step = 7 if weight.group else 9
-    held = config.row_tiles * (config.steps * step + token_tiles * 4 * (2 if up is None else 3)) + 4 * token_tiles + 40
+    # what a thread holds: loads under way, two sums, a step of a branch, and what counting takes, and unpacking codes
+    step, count = (7, 40) if weight.group else (9, 24)
+    held = config.row_tiles * (config.steps * step + token_tiles * 8 + (8 if up is not None else 0))
+    held += 4 * token_tiles + count
     threads = 32 * config.warps
     return {
         "INT4": int(weight.group > 0),
         "GROUP": weight.group or STEP_INT4,
         "ROW_TILES": config.row_tiles,
         "WARPS": config.warps,
+        "SPREAD": config.spread,
         "TOKEN_TILES": token_tiles,
         "STEPS": config.steps,
+        "RANKS": config.ranks,
         "BLOCKS": max(1, min(2048 // threads, _REGISTERS // (threads * -(-held // 8) * 8))),
         "BRANCH": 0 if up is None else 2 if up.block else 1,
         "UP8": int(up is not None and up.scales is not None),
