@@ -73,6 +73,7 @@ VARIANTS = {
     "ast, slorb": Variant(AST(slorb=SLoRB())),
     "ast, slorb, cross-entropy too": Variant(AST(slorb=SLoRB()), cross_entropy=0.5, distill=0.5),
     "adapted, ast from alps": Variant(AST(), start="alps", adapted=True),
+    "adapted, ast, slorb": Variant(AST(slorb=SLoRB()), adapted=True),
     "adapted, ast from alps, slorb": Variant(AST(slorb=SLoRB()), start="alps", adapted=True),
     "adapted, ast from alps, int4": Variant(AST(quantise="int4", group=64), start="alps", adapted=True),
     "fixed mask": Variant(AST(refresh_every=0)),
@@ -178,7 +179,7 @@ class Bench:
         masks = masks_of(outcome.edits)
         if isinstance(variant.settings, SPP):
             return model, [SPPPolicy(anatomy_of(model.config), variant.settings.rank, variant.settings.scale, masks)]
-        unmask_(model, self.dense, outcome.edits)
+        unmask_(model, self.dense, outcome.edits, masks_alone=variant.settings.slorb is not None)
         pattern = pattern_of(Sparsify())
         return model, [ASTPolicy(anatomy_of(model.config), pattern, variant.settings, masks, self.norms)]
 

@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from shearling.anatomy import anatomy_of
 from shearling.errors import RecipeError, ShearlingError
 from shearling.export import save_model
-from shearling.methods.ast import AnnealedAdamW, ASTPolicy, Strength, annealed, annealed_adam_
+from shearling.methods.ast import AnnealedAdamW, ASTPolicy, Strength, annealed, annealed_adam_, unmask_
 from shearling.models import load_model
 from shearling.nn import EffectiveLinear, SoftThreshold, StraightMask
+from shearling.plan import Delta, Masks
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST, parse_recipe
-from shearling.surgery import attach_adapters_
+from shearling.surgery import attach_adapters_, cut_
 from shearling.train import Distillation, TrainSettings, train
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -104,6 +105,24 @@ def test_l1_takes_masked_weights_to_zero_and_no_further():
     assert weight[0].abs() < 1e-9 and weight[1].abs() < 1e-9
     # the same distance at every step, however large the weight
     assert 0.1 < weight[2] < 0.35 and weight[3] == pytest.approx(0.4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("moved", "masks_alone", "back"), [(False, False, True), (True, False, False), (True, True, True)]
+)
+def test_what_goes_back_to_the_dense_weights(moved, masks_alone, back):
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    model.load_state_dict(dense.state_dict())
+    weight = dense.get_parameter(name).detach()
+    edits = [Masks({name: TWO_OF_FOUR.mask(weight.abs())}, "2:4")]
+    if moved:
+        edits.insert(0, Delta({name: weight * 1.5}))
+    cut_(model, edits)
+    cut = model.get_parameter(name).detach().clone()
+    assert (cut == 0).sum() == cut.numel() / 2
+    unmask_(model, dense, edits, masks_alone=masks_alone)
+    assert torch.equal(model.get_parameter(name), weight if back else cut)
 
 
 def test_decay_is_annealed():

@@ -338,7 +338,7 @@ class _Session:
         settings = recovery_settings(recipe, stage, separator_of(stage, self.dense[1]))
         masks, norms = masks_of(outcome.edits) if isinstance(stage, AST | SPP) else None, None
         if isinstance(stage, AST):
-            unmask_(model, dense, outcome.edits)
+            unmask_(model, dense, outcome.edits, masks_alone=stage.slorb is not None)
             if stage.needs_norms:
                 norms = input_norms(dense, calibration_windows(recipe, self.dense[1]), recipe.calibration.batch)
         model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)

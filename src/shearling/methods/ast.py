@@ -363,16 +363,16 @@ def masks_of(edits: Sequence[Edit]) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def unmask_(model: Any, dense: Any, edits: Sequence[Edit]) -> None:
+def unmask_(model: Any, dense: Any, edits: Sequence[Edit], *, masks_alone: bool = False) -> None:
     """Give masked weights the values back that they have in the dense model: what may come back starts from there.
 
-    Not where the one-shot method of these edits has given kept weights new values, which make up for the others.
+    Not where the one-shot method of these edits has given kept weights new values, which make up for the others; unless
+    ``masks_alone``, where kept weights go back to the dense ones too: a branch is to make up for what the mask takes.
     """
-    if any(isinstance(edit, Delta) for edit in edits):
+    if any(isinstance(edit, Delta) for edit in edits) and not masks_alone:
         return
-    for name, mask in masks_of(edits).items():
-        weight = model.get_parameter(name)
-        weight.copy_(torch.where(mask.to(weight.device), weight, dense.get_parameter(name).to(weight)))
+    for name in masks_of(edits):
+        model.get_parameter(name).copy_(dense.get_parameter(name))
 
 
 def input_norms(model: Any, tokens: Tensor, batch: int) -> dict[str, Tensor]:
