@@ -55,8 +55,8 @@ from shearling.runtime import (
     timed,
 )
 from shearling.runtime.paths import bytes_of
-from shearling.runtime.table import several, timed_ways
-from shearling.runtime.timing import interleaved, summary
+from shearling.runtime.table import several
+from shearling.runtime.timing import interleaved, summary, timed_ways
 
 #: linears of a layer as (outputs, inputs), and how many there are
 LAYERS = {

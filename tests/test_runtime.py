@@ -88,12 +88,12 @@ def test_what_a_gpu_without_our_kernels_falls_back_to(missing, group, monkeypatc
     monkeypatch.setattr(nvrtc, "_compiler", compiler)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0) if missing == "hopper" else (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "GPU")
-    algorithms = () if "cusparselt" in missing else (0, 3)
+    algorithms = () if "cusparselt" in missing else ((0, 1, -1), (3, 2, 1))
     monkeypatch.setitem(paths.__globals__, "_algorithms", lambda *of: algorithms)
     like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0), is_cuda=True)
     found = paths(64, 256, 1, like, group)
     # cuSPARSELt has no values of 4 bits
-    others = [] if group else [Path("cusparselt", (number,)) for number in algorithms]
+    others = [] if group else [Path("cusparselt", option) for option in algorithms]
     rest = [path for path in found if path.name not in ("mma", "unpack")]
     assert rest == [Path("dense"), Path("decompress"), *others]
     assert ({path.name for path in found} >= {"mma", "unpack"}) == (missing == "nothing")
@@ -117,10 +117,10 @@ def test_cusparselt_is_searched_by_the_function_that_there_is(monkeypatch):
     monkeypatch.setattr("torch._cslt_compress", lambda weight: weight)
     monkeypatch.setattr("torch._cslt_sparse_mm_search", searched)
     monkeypatch.setattr("torch._C._cusparselt", SimpleNamespace(), raising=False)
-    assert _algorithms(16, 32, 3, like) == (0, 5)
-    newer = SimpleNamespace(mm_search=lambda *given: (searched(*given) + 1, 1, -1, 9))
+    assert _algorithms(16, 32, 3, like) == ((0, 1, -1), (5, 1, -1))
+    newer = SimpleNamespace(mm_search=lambda *given: (searched(*given) + 1, 2, 0, 9))
     monkeypatch.setattr("torch._C._cusparselt", newer, raising=False)
-    assert _algorithms(16, 32, 3, like) == (0, 6)
+    assert _algorithms(16, 32, 3, like) == ((0, 1, -1), (6, 2, 0))
 
 
 @pytest.mark.parametrize("seconds", [DENSE_FIRST, COMPACT_FIRST])

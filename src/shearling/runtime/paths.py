@@ -148,7 +148,7 @@ def paths(
     found = [Path("dense"), Path("decompress")]
     bfloat16, wanted = like.dtype == torch.bfloat16, set(COPIES if names is None else names)
     if "cusparselt" in wanted and _takes_cusparselt(outputs, inputs, like) and not group:
-        found += [Path("cusparselt", (number,)) for number in _algorithms(outputs, inputs, tokens, like)]
+        found += [Path("cusparselt", option) for option in _algorithms(outputs, inputs, tokens, like)]
     if wanted & {"mma", "unpack"} and bfloat16 and not inputs % 8 and not obstacle(like.device):
         found.append(Path("unpack"))
         if tokens <= FRAGMENT_TOKENS:
@@ -167,24 +167,30 @@ def _takes_cusparselt(outputs: int, inputs: int, like: Tensor) -> bool:
     return like.is_cuda and outputs % CUSPARSELT_SIDE == inputs % CUSPARSELT_SIDE == 0
 
 
-def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[int, ...]:
-    """The algorithm that cuSPARSELt's own search prefers, and its default; none where it cannot be used."""
-    weight_OI = torch.zeros(outputs, inputs, dtype=like.dtype, device=like.device)
-    x_MI = torch.zeros(_padded(tokens), inputs, dtype=like.dtype, device=like.device)
+def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The algorithm, splits of the inputs and their kind that cuSPARSELt's own search prefers, and its defaults.
+
+    None where it cannot be used. The search multiplies random values: of zeros a GPU makes more at the same power.
+    """
+    values = {"dtype": like.dtype, "device": like.device}
+    weight_OI = torch.randn(outputs, inputs, **values)
+    weight_OI.view(-1, 4)[:, 2:] = 0
+    x_MI = torch.randn(_padded(tokens), inputs, **values)
     try:
         found = _preferred(torch._cslt_compress(weight_OI), x_MI.T)  # pyrefly: ignore[missing-attribute]
     except RuntimeError:
         # not in this build of torch, or not on this device
         return ()
-    return tuple(dict.fromkeys((0, found)))
+    return tuple(dict.fromkeys(((0, 1, -1), found)))
 
 
-def _preferred(packed: Tensor, x_IM: Tensor) -> int:
-    """The algorithm that the search prefers, by the function that PyTorch wants called, where a build has it."""
+def _preferred(packed: Tensor, x_IM: Tensor) -> tuple[int, ...]:
+    """What the search prefers, by the function that PyTorch wants called, where a build has it."""
     given = packed, x_IM, None, None, None, True
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
-    # pyrefly: ignore[missing-attribute]
-    return int(torch._cslt_sparse_mm_search(*given) if search is None else search(*given)[0])
+    if search is None:
+        return int(torch._cslt_sparse_mm_search(*given)), 1, -1  # pyrefly: ignore[missing-attribute]
+    return tuple(int(number) for number in search(*given)[:3])
 
 
 def product(path: Path, x_MI: Tensor, copy: Copy, branch: Branch | None = None) -> Tensor:
@@ -198,7 +204,7 @@ def product(path: Path, x_MI: Tensor, copy: Copy, branch: Branch | None = None) 
         return product24(x_MI, copy, Config(*path.option), up, given)  # pyrefly: ignore[bad-argument-type]
     if path.name == "cusparselt":
         assert isinstance(copy, Tensor)
-        y_MO = _cusparselt(x_MI, copy, path.option[0])
+        y_MO = _cusparselt(x_MI, copy, *path.option)
     elif isinstance(copy, Masked24) and path.name == "expand" and x_MI.shape[0] <= MASKED_TOKENS:
         y_MO = masked_product(x_MI, copy)
     else:
@@ -217,12 +223,15 @@ def decompressed(copy: Compact24 | Compact24Int4 | Fragments | Masked24, dtype: 
     return unpack24(copy) if isinstance(copy, Compact24) else unpack24_int4(copy, dtype)
 
 
-def _cusparselt(x_MI: Tensor, packed: Tensor, algorithm: int) -> Tensor:
+def _cusparselt(x_MI: Tensor, packed: Tensor, algorithm: int, splits: int, kind: int) -> Tensor:
     tokens = x_MI.shape[0]
     if missing := _padded(tokens) - tokens:
         x_MI = F.pad(x_MI, (0, 0, 0, missing))
     # pyrefly: ignore[missing-attribute]
-    return torch._cslt_sparse_mm(packed, x_MI.T, transpose_result=True, alg_id=algorithm)[:tokens]
+    y_MO = torch._cslt_sparse_mm(
+        packed, x_MI.T, transpose_result=True, alg_id=algorithm, split_k=splits, split_k_mode=kind
+    )
+    return y_MO[:tokens]
 
 
 def _padded(tokens: int) -> int:

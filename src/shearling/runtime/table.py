@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as File
@@ -21,7 +21,7 @@ from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import Fragments, compile_all, configs
 from shearling.plan import write_whole
 from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
-from shearling.runtime.timing import Timing, cpu_rounds, interleaved, rounds, summary, timed
+from shearling.runtime.timing import Timing, cpu_rounds, rounds, timed_ways
 
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
@@ -174,15 +174,6 @@ def compile_ahead(key: Key, copy: Copy) -> None:
 
 
 Which = TypeVar("Which", bound=Hashable)
-
-
-def timed_ways(
-    steps: Mapping[Which, Sequence[Callable[[], object]]], device: torch.device, replays: int
-) -> dict[Which, Timing]:
-    """Times of ways: on a GPU one after another, on a CPU in turns."""
-    if device.type == "cpu":
-        return {way: summary(times) for way, times in interleaved(steps, replays).items()}
-    return {way: timed(of, device, replays) for way, of in steps.items()}
 
 
 def several(copies: Mapping[Which, Copy]) -> dict[Which, list[Copy]]:

@@ -42,12 +42,39 @@ def cpu_rounds(size: int) -> int:
 
 
 def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: int = 100) -> Timing:
-    """Time of one of several steps, carried out one after another; on CUDA as one graph, so that launching is free.
+    """Time of one of several steps, carried out one after another, as ``timed_ways`` takes it."""
+    return timed_ways({None: steps}, device, replays)[None]
 
-    Raises ShearlingError for steps that cannot be captured.
+
+def timed_ways(
+    ways: Mapping[Way, Sequence[Callable[[], object]]], device: torch.device, replays: int
+) -> dict[Way, Timing]:
+    """Times of a step of several ways, which take turns, as a device is slower when it has grown warm.
+
+    On CUDA the steps of a way are one graph, so that launching is free. Raises ShearlingError for steps that cannot be
+    captured.
     """
     if device.type != "cuda":
-        return summary(interleaved({None: steps}, replays)[None])
+        return {way: summary(times) for way, times in interleaved(ways, replays).items()}
+    graphs = {way: _captured(steps, device) for way, steps in ways.items()}
+    events: dict[Way, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {way: [] for way in ways}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(replays):
+        for way, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            events[way].append((start, end))
+    torch.cuda.synchronize(device)
+    return {
+        way: summary([start.elapsed_time(end) / 1000 / len(ways[way]) for start, end in pairs])
+        for way, pairs in events.items()
+    }
+
+
+def _captured(steps: Sequence[Callable[[], object]], device: torch.device) -> torch.cuda.CUDAGraph:
     # compiles, plans and allocates, on a stream of its own as capturing wants it
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -62,14 +89,7 @@ def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: 
                 step()
     except RuntimeError as error:
         raise ShearlingError(f"timing: a step cannot become a CUDA graph ({str(error).splitlines()[0]})") from error
-    graph.replay()
-    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(replays)] for _ in range(2))
-    for start, end in zip(starts, ends, strict=True):
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize(device)
-    return summary([a.elapsed_time(b) / 1000 / len(steps) for a, b in zip(starts, ends, strict=True)])
+    return graph
 
 
 def interleaved(ways: Mapping[Way, Sequence[Callable[[], object]]], replays: int) -> dict[Way, list[float]]:
