@@ -121,9 +121,12 @@ class Bench:
         self.outcomes: dict[str, Outcome] = {}
         self.adapted: Bench | None = None
 
-    @property
-    def unique_tokens(self) -> int:
-        return sum(part.numel() for part in self.domains.values())
+    def unique_tokens(self, trained: int) -> int:
+        """How many of the tokens that a run trains on it sees for the first time, at most where their parts move."""
+        sizes = [part.numel() for part in self.domains.values()]
+        if self.args.mixture == "equal":
+            return sum(min(size, trained // len(sizes)) for size in sizes)
+        return min(trained, sum(sizes))
 
     def outcome(self, start: str) -> Outcome:
         if start not in self.outcomes:
@@ -208,7 +211,7 @@ class Bench:
             "seed": seed,
             "steps": steps,
             "trained_tokens": result.tokens,
-            "unique_tokens": min(result.tokens, self.unique_tokens),
+            "unique_tokens": self.unique_tokens(result.tokens),
             "tokens_per_second": statistics.median(speeds[len(speeds) // 3 :]),
             "seconds": time.perf_counter() - began,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.gpu else None,
@@ -244,7 +247,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = Rows(COLUMNS, args.json)
     bench = Bench(args)
-    print(f"# {device_name(args.device)}, torch {torch.__version__}, {bench.unique_tokens} unique tokens", flush=True)
+    tokens = sum(part.numel() for part in bench.domains.values())
+    print(f"# {device_name(args.device)}, torch {torch.__version__}, {tokens} tokens of text", flush=True)
 
     def keep(name: str, model: Any) -> None:
         if args.save is not None:
