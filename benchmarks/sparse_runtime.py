@@ -52,11 +52,10 @@ from shearling.runtime import (
     paths,
     product,
     random_24,
-    timed,
 )
 from shearling.runtime.paths import bytes_of
 from shearling.runtime.table import several
-from shearling.runtime.timing import interleaved, summary, timed_ways
+from shearling.runtime.timing import Timing, interleaved, summary, timed_ways
 
 #: linears of a layer as (outputs, inputs), and how many there are
 LAYERS = {
@@ -371,76 +370,90 @@ def sums(bench: Bench, found: Seconds, found_least: Seconds) -> None:
 
 
 def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
-    """Prefill and decoding of a whole random model, both as CUDA graphs over a static cache."""
+    """Prefill and decoding of a whole random model, as CUDA graphs over a static cache; all three take turns."""
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
     if bench.layers is TINY:
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 96}
     config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=4096)
-    dense: dict[str, float] = {}
+    models: dict[str, Any] = {}
+    held: dict[str, int] = {}
     for what, group in (("dense", 0), ("2:4", 0), ("2:4 INT4", GROUP)):
-        if bench.gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(0)
         with bench.device:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=bench.dtype).eval()
         with torch.no_grad():
             for weight in block_weights(model).values():
                 weight.copy_(random_24(*weight.shape, bench.dtype, bench.device))
-        held = sum(weight.nbytes for weight in block_weights(model).values())
+        models[what], held[what] = model, sum(weight.nbytes for weight in block_weights(model).values())
         if what != "dense":
             tokens = [count for count in bench.tokens if count <= prompt] if not group else [1, prompt]
             wanted = sorted({1, prompt, *tokens})
             shapes = sorted({tuple(weight.shape) for weight in block_weights(model).values()})
-            measure_table(shapes, device=bench.device, dtype=bench.dtype, group=group, tokens=wanted, table=bench.table)
-            held = accelerate_(model, bench.table, int4=group or None, copies="fastest", tokens=wanted).bytes
-        peak = torch.cuda.max_memory_allocated() if bench.gpu else None
-        for part, seconds, count in timings(bench, model, prompt, generate):
-            dense.setdefault(part, seconds)
-            bench.rows.add(
-                what=f"{what}, {part}",
-                shape=f"{layers} layers, prompt {prompt}",
-                tokens=count,
-                way=f"{count / seconds:.1f} tokens/s",
-                us=seconds * 1e6,
-                ratio=dense[part] / seconds,
-                bytes=held,
-                peak=peak,
-                tokens_per_second=count / seconds,
-                device=bench.name,
+            measure_table(
+                shapes,
+                device=bench.device,
+                dtype=bench.dtype,
+                group=group,
+                tokens=wanted,
+                table=bench.table,
+                ways=bench.ways,
             )
-        del model
+            held[what] = accelerate_(model, bench.table, int4=group or None, copies="fastest", tokens=wanted).bytes
+    ids_BT = torch.randint(3, config.vocab_size, (1, prompt), device=bench.device)
+    reading = {what: [prefill(model, ids_BT)] for what, model in models.items()}
+    read = timed_ways(reading, bench.device, 3 if bench.replays < 10 else 10)
+    wrote = decoding(bench, models, ids_BT, generate)
+    for part, count, found in (("prefill", prompt, read), ("decode", 1, wrote)):
+        for what, timing in found.items():
+            report(
+                bench,
+                f"{what}, {part}",
+                f"{layers} layers, prompt {prompt}",
+                count,
+                None,
+                timing,
+                found["dense"].seconds,
+                bytes=held[what],
+                tokens_per_second=count / timing.seconds,
+            )
 
 
-@torch.no_grad()
-def timings(bench: Bench, model: Any, prompt: int, generate: int) -> list[tuple[str, float, int]]:
-    """(what, seconds, tokens) of reading a prompt and of one more token after it."""
-    ids_BT = torch.randint(3, model.config.vocab_size, (1, prompt), device=bench.device)
-    cache = StaticCache(config=model.config, max_cache_len=prompt)
+def prefill(model: Any, ids_BT: Any) -> Any:
+    """A step that reads a prompt."""
+    cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1])
 
+    @torch.no_grad()
     def read() -> None:
         for layer in cache.layers:
             if layer.is_initialized:
                 layer.cumulative_length.zero_()
         greedy_step(model, ids_BT, cache)
 
-    replays = 3 if bench.replays < 10 else 10
-    prefill = timed([read], bench.device, replays).seconds
-    if bench.gpu:
-        step, _ = captured_step(model, ids_BT, 4 + 2 * generate)
-        for _ in range(4):
+    return read
+
+
+@torch.no_grad()
+def decoding(bench: Bench, models: dict[str, Any], ids_BT: Any, generate: int) -> dict[str, Timing]:
+    """Times of one more token after a prompt."""
+    if not bench.gpu:
+        steps = {}
+        for what, model in models.items():
+            token, kept = greedy_step(model, ids_BT)
+            steps[what] = [torch.no_grad()(partial(greedy_step, model, token, kept))]
+        return timed_ways(steps, bench.device, generate)
+    # each already a graph, which goes on where the last replay stopped
+    graphs = {what: captured_step(model, ids_BT, 8 + generate)[0] for what, model in models.items()}
+    events: dict[str, list[Any]] = {what: [] for what in models}
+    for replay in range(4 + generate):
+        for what, step in graphs.items():
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record()
             step()
-        starts = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        starts[0].record()
-        for _ in range(generate):
-            step()
-        starts[1].record()
-        torch.cuda.synchronize()
-        decode = starts[0].elapsed_time(starts[1]) / 1000 / generate
-    else:
-        token, kept = greedy_step(model, ids_BT)
-        decode = timed([partial(greedy_step, model, token, kept)], bench.device, replays).seconds
-    return [("prefill", prefill, prompt), ("decode", decode, 1)]
+            pair[1].record()
+            if replay >= 4:
+                events[what].append(pair)
+    torch.cuda.synchronize()
+    return {what: summary([start.elapsed_time(end) / 1000 for start, end in pairs]) for what, pairs in events.items()}
 
 
 def main() -> None:
