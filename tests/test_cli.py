@@ -210,6 +210,20 @@ def test_plan_of_a_recipe_that_only_trains(tmp_path: Path, command: Any) -> None
             assert command("cut", model, "--out", tmp_path / "cut", *pruned, "--device", "cpu")[0] == 0
 
 
+def test_plan_counts_the_memory_of_adapting(tmp_path: Path, command: Any) -> None:
+    recipe = make_recipe(tmp_path)
+    content = yaml.safe_load(recipe.read_text())
+    prune, recover = content["stages"]
+    train = {key: value for key, value in recover.items() if key not in ("method", "mean_rank")}
+    found = []
+    for stages in ([{**train, "method": "full"}], [{**train, "stage": "adapt"}, prune], [prune, recover]):
+        recipe.write_text(yaml.safe_dump({**content, "stages": stages}))
+        found.append(json.loads(command("plan", recipe, "--json")[1]))
+    full, adapt, lora = (planned.get("estimate", {}).get("peak_bytes") for planned in found)
+    assert full == adapt > lora
+    assert found[1]["method"] == "cfsp" and found[1]["after"] == found[2]["after"]
+
+
 def test_a_recipe_recovers_on_packed_text(tmp_path: Path, command: Any) -> None:
     recipe, shards = make_recipe(tmp_path), tmp_path / "shards"
     code, said, err = command("pack", tmp_path / "recovery.txt", "--model", tmp_path / "dense", "--out", shards)

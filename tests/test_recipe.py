@@ -143,6 +143,17 @@ def test_overrides_reach_stages_and_sections(recipe_file: Path) -> None:
             "after prune, recover.method must be lora or full",
         ),
         (["prune"], "stages.0"),
+        ([{"stage": "adapt"}], r"be followed by prune, sparsify, .* \(a recipe that only trains has recover alone\)"),
+        ([{"stage": "adapt"}, BASE["stages"][1]], "followed by prune, .*; got adapt, recover"),
+        ([{"stage": "adapt"}, {"stage": "quantise"}], "followed by prune, .*; got adapt, quantise"),
+        ([BASE["stages"][0], {"stage": "adapt"}], "adapt must stand once, at the start, .*; got prune, adapt"),
+        ([*[{"stage": "adapt"}] * 2, BASE["stages"][0]], "adapt must stand once, .*; got adapt, adapt, prune"),
+        ([{"stage": "adapt"}, *[BASE["stages"][0]] * 2], "must be prune, .*; got prune, prune"),
+        ([{"stage": "adapt", "tokns": 1}, BASE["stages"][0]], "adapt.tokns: unknown key; did you mean tokens?"),
+        (
+            [{"stage": "adapt"}, BASE["stages"][0], {**BASE["stages"][1], "distill": 1, "teacher_cache": "c"}],
+            "recover.teacher_cache needs a teacher by name after adapt",
+        ),
     ],
 )
 def test_order_of_stages(stages: list[object], what: str) -> None:
@@ -159,6 +170,15 @@ def test_recipes_that_only_train(method: str, tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "again.yaml", ["recover.teacher=other"]).recover == recipe.recover.model_copy(
         update={"teacher": "other"}
     )
+
+
+def test_recipes_that_adapt_first(recipe_file: Path, tmp_path: Path) -> None:
+    plain = load_recipe(recipe_file)
+    recipe = parse_recipe({**BASE, "stages": [{"stage": "adapt", "tokens": 64}, *BASE["stages"]]})
+    assert plain.adapt is None and recipe.adapt is recipe.stages[0] is recipe.trained[0]
+    assert (recipe.first, recipe.recover) == (plain.first, plain.recover)
+    (tmp_path / "again.yaml").write_text(recipe.dump())
+    assert load_recipe(tmp_path / "again.yaml", ["adapt.tokens=64"]) == recipe
 
 
 def test_recipes_that_only_prune() -> None:

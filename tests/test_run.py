@@ -492,6 +492,92 @@ def test_a_run_within_a_budget_is_one_to_its_shape(tmp_path: Path, stage: str) -
     assert expected["pruned"]["parameters"] <= 0.7 * expected["dense"]["parameters"]
 
 
+def adapting(tmp_path: Path, *stages: dict[str, Any]) -> Recipe:
+    """The small recipe with an adapt stage, and others in place of its own."""
+    content = yaml.safe_load(make_recipe(tmp_path).read_text())
+    train = {key: value for key, value in content["stages"][1].items() if key not in ("method", "mean_rank")}
+    adapt, recover = {**train, "stage": "adapt"}, {**train, "learning_rate": 1e-3}
+    return parse_recipe(
+        {
+            **content,
+            "stages": [adapt, *({**recover, **stage} if stage["stage"] == "recover" else stage for stage in stages)],
+        }
+    )
+
+
+#: read the dense model in all ways: norms and masks, a teacher, what unmasked weights become, where branches start
+MASKED = {"stage": "sparsify", "method": "wanda", "pattern": "2:4"}
+FOLLOWING = {
+    "stage": "recover", "method": "ast", "distill": 1.0, "cross_entropy": 0.0, "refresh_every": 2,
+    "slorb": {"start": "activation-svd", "size": 8},
+}  # fmt: skip
+
+
+def test_adapting_first_is_a_run_that_trains_and_one_that_prunes_what_it_left(tmp_path: Path) -> None:
+    recipe = adapting(tmp_path, MASKED, FOLLOWING)
+    metrics = run(recipe, tmp_path / "one")
+    assert recipe.adapt is not None
+    alone = recipe.adapt.model_dump(mode="json") | {"stage": "recover"}
+    first = {**recipe.model_dump(mode="json"), "stages": [alone]}
+    trained = run(parse_recipe(first), tmp_path / "first")
+    second = {**recipe.model_dump(mode="json"), "model": str(tmp_path / "first" / "model")}
+    rest = run(parse_recipe({**second, "stages": second["stages"][1:]}), tmp_path / "second")
+    assert metrics["dense"] == trained["dense"] and metrics["adapted"] == rest["dense"]
+    assert metrics["adapted"]["perplexity"] < metrics["dense"]["perplexity"]
+    assert all(metrics[name] == rest[name] for name in ("pruned", "recovered"))
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, theirs = (load_file(tmp_path / place / "model" / name) for place in ("one", "second"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_what_a_run_that_adapts_leaves(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    metrics = run(adapting(tmp_path, MASKED), out)
+    assert [stage["name"] for stage in metrics["stages"]] == ["dense", "adapt", "adapted", "measure", "pruned"]
+    assert list(metrics["samples"][0]) == ["prompt", "dense", "adapted", "pruned"]
+    assert "kl" in metrics["pruned"] and "kl" not in metrics["adapted"]
+    record = json.loads((out / "state" / "adapt.json").read_text())
+    assert (record["steps"], record["tokens"]) == (6, 768) and record["seconds"] > 0
+    assert [entry.name for entry in (out / "state").iterdir() if entry.is_dir()] == ["edits"]
+    assert json.loads((out / "plan.json").read_text())["method"] == "wanda"
+    card, page = ((out / name).read_text() for name in ("model/README.md", "report.html"))
+    assert "adapt (full), then sparsify (wanda)" in card
+    assert f"| adapted | {metrics['adapted']['perplexity']:.3f} |" in card
+    assert "against the adapted model" in page and "Loss of stage adapt" in page
+
+
+@pytest.mark.parametrize("later", ["recover", "shear"])
+def test_a_run_that_adapts_ends_the_same_when_stopped(tmp_path: Path, later: str) -> None:
+    shear = {**sheared(tmp_path).model_dump(mode="json")["stages"][0], "target": {"parameters": 0.7}}
+    recipe = adapting(tmp_path, *([MASKED, FOLLOWING] if later == "recover" else [shear]))
+    expected = run(recipe, tmp_path / "undisturbed")
+    done: list[list[int]] = []
+    for where in ("adapt", "adapt", "adapted", later):
+        done.append([])
+
+        def strike(event: dict[str, Any], where: str = where) -> None:
+            if event["stage"] == "adapt" and "loss" in event:
+                done[-1].append(event["step"])
+            if event["stage"] == where and "loss" in event and event["step"] == 3:
+                signal.raise_signal(signal.SIGTERM)
+            if event["stage"] == where and event.get("finished"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "out", resume=True, on_event=strike)
+    # struck on its way, and when it was done; never again after that
+    assert done == [[1, 2, 3], [4, 5, 6], [], []]
+    assert comparable(run(recipe, tmp_path / "out", resume=True)) == comparable(expected)
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "undisturbed"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_adapting_prunes_nothing_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="adapt trains, and nothing is pruned at once"):
+        cut(adapting(tmp_path, MASKED), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_target_that_does_not_fit_is_named_before_training(tmp_path: Path) -> None:
     content = yaml.safe_load(sheared(tmp_path).dump())
     content["stages"][0]["target"] = {"layers": 9}
@@ -505,6 +591,9 @@ def test_a_masked_model_is_not_trained_without_its_masks(tmp_path: Path) -> None
     cut(parse_recipe(content), tmp_path / "masked")
     with pytest.raises(ShearlingError, match=r"is masked \(2:4\), and training alone would fill its zeros"):
         run(only_training(tmp_path, method="full", model=str(tmp_path / "masked")), tmp_path / "out")
+    adapts = adapting(tmp_path, MASKED).model_copy(update={"model": str(tmp_path / "masked")})
+    with pytest.raises(ShearlingError, match=r"is masked \(2:4\), and training alone would fill its zeros"):
+        run(adapts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -543,7 +632,7 @@ def made_small(content: dict[str, Any], tmp_path: Path, *, compiled: bool = Fals
         if stage["stage"] == "shear":
             budget = "parameters" in stage["target"]
             stage["target"] = {"parameters": 0.7} if budget else {size: SMALL_TARGET[size] for size in stage["target"]}
-        if stage["stage"] in ("shear", "recover"):
+        if stage["stage"] in ("adapt", "shear", "recover"):
             stage.update({**changes, "tokens": 256})
             if "domains" in stage:
                 text = {"text": stage.pop("text"), "validation": changes["text"]}

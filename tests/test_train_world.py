@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from shearling.recipe import load_recipe
 from shearling.run import run
-from tests.test_run import made_small, only_training
+from tests.test_run import FOLLOWING, MASKED, adapting, made_small, only_training
 from tests.world_child import KINDS, carry_out
 
 ROOT = Path(__file__).parents[1]
@@ -138,3 +138,19 @@ def test_training_alone_under_torchrun_ends_as_in_one_process(tmp_path: Path) ->
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert (tmp_path / "pair" / "model" / "config.json").exists()
+
+
+def test_adapting_under_torchrun_ends_as_in_one_process(tmp_path: Path) -> None:
+    recipe = adapting(tmp_path, MASKED, FOLLOWING)
+    (tmp_path / "adapting.yaml").write_text(recipe.dump())
+    alone = run(recipe, tmp_path / "alone")
+    command = [*LAUNCH, "-m", "shearling.cli", "run", str(tmp_path / "adapting.yaml"), "--out", str(tmp_path / "pair")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    for stage in ("adapted", "pruned", "recovered"):
+        assert pair[stage]["perplexity"] == pytest.approx(alone[stage]["perplexity"], rel=1e-4)
+    # a helper that kept the model as it was loaded would follow another teacher
+    told = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("alone", "pair"))
+    ours, theirs = ([event["loss"] for event in events if "loss" in event] for events in told)
+    assert len(ours) == 12 and ours == pytest.approx(theirs, rel=1e-3)

@@ -93,7 +93,7 @@ def evaluate_model(
 def cut(recipe: Recipe, out: Path, *, on_event: OnEvent | None = None) -> Plan:
     """Only prune, and only save: the model of a recipe's first stage into a new folder ``out``."""
     recipe = in_shape(recipe, measured_costs(recipe, on_event))
-    if recipe.first is None or isinstance(recipe.first, Shear):
+    if recipe.first is None or isinstance(recipe.first, Shear) or recipe.adapt is not None:
         stage = recipe.stages[0].stage
         raise ShearlingError(f"stages: {stage} trains, and nothing is pruned at once; put prune or sparsify first")
     check_new(out)

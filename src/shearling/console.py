@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shearling.plan import HEADINGS, Proposal
-from shearling.report import model_names
+from shearling.report import model_names, reference_of
 from shearling.report.bench import by_cell, cell_title, milliseconds, short_name, speeds
 from shearling.report.numbers import decimal, size
 
@@ -126,7 +126,7 @@ def result_table(metrics: dict[str, Any]) -> Table:
     names = model_names(trained="pruned" not in metrics)
     table = Table(title=f"{metrics['model']} on {metrics['dense']['corpus']}, {metrics['dense']['tokens']} tokens")
     table.add_column("")
-    for heading in ("perplexity", f"KL from {names['dense']}", "agreement", "parameters", "MiB"):
+    for heading in ("perplexity", f"KL from {names[reference_of(metrics)]}", "agreement", "parameters", "MiB"):
         table.add_column(heading, justify="right")
     for key, name in names.items():
         row = metrics.get(key)

@@ -44,6 +44,7 @@ from shearling.recipe import (
     SOURCE,
     SPP,
     UNSTRUCTURED,
+    Adapt,
     Budget,
     Denoise,
     PruneStage,
@@ -110,8 +111,9 @@ def _in_measured_shape(recipe: Recipe, budget: Budget, out: Path, on_event: OnEv
 
 
 def _check_unmasked(recipe: Recipe) -> None:
-    """Raise ShearlingError where a recipe that only trains would fill the zeros of a model that we masked."""
-    pattern = _own_pattern(recipe.model) if recipe.first is None and recipe.trained else None
+    """Raise ShearlingError where training without masks would first of all fill the zeros of a model that we masked."""
+    unmasked = recipe.adapt is not None or (recipe.first is None and recipe.trained)
+    pattern = _own_pattern(recipe.model) if unmasked else None
     if pattern is not None:
         raise ShearlingError(
             f"model {recipe.model!r}: is masked ({pattern}), and training alone would fill its zeros; recover "
@@ -144,6 +146,11 @@ def _references(stage: TrainStage) -> dict[str, float | dict[float, float]] | No
     return given if isinstance(given, dict) else read_references(given, stage.domains)
 
 
+def _record(trained: TrainResult) -> dict[str, Any]:
+    """What is kept of a stage that trained."""
+    return {name: getattr(trained, name) for name in ("steps", "tokens", "skipped", "best_step", "weights")}
+
+
 class _Session:
     """One process' work on a run: models are loaded and rebuilt when a stage first asks for them."""
 
@@ -151,6 +158,7 @@ class _Session:
         self.recipe, self.folder, self.world = recipe, folder, world
         self._listeners = listeners
         self._dense: tuple[Any, Any] | None = None
+        self._adapted = False
 
     def finish(self) -> dict[str, Any]:
         recipe, folder = self.recipe, self.folder
@@ -162,8 +170,12 @@ class _Session:
         first = recipe.first
         results = {"dense": self._stage("dense", lambda: self._evaluate(self.dense[0]))}
         steps = dict(results)
+        if recipe.adapt is not None:
+            adapt = recipe.adapt
+            steps["adapt"] = self._stage("adapt", lambda: self._train_dense(adapt))
+            results["adapted"] = steps["adapted"] = self._stage("adapted", lambda: self._evaluate(self.dense[0]))
         if isinstance(first, Shear):
-            steps["shear"] = self._stage("shear", lambda: self._shear(first))
+            steps["shear"] = self._stage("shear", lambda: self._train_dense(first))
         elif first is not None:
             steps["measure"] = self._stage("measure", lambda: self._measure(first))
         outcome = self._restore()
@@ -188,14 +200,7 @@ class _Session:
                 self._call(recipe.recover)
                 with Usage() as usage:
                     model, trained = self._train(model, outcome, recipe.recover)
-                content: dict[str, Any] = {
-                    "steps": trained.steps,
-                    "tokens": trained.tokens,
-                    "skipped": trained.skipped,
-                    "best_step": trained.best_step,
-                    "weights": trained.weights,
-                }
-                folder.finish("recover", {**content, **usage.to_json(), "seconds": trained.seconds})
+                folder.finish("recover", {**_record(trained), **usage.to_json(), "seconds": trained.seconds})
                 results["recovered"] = self._stage("recovered", lambda: self._evaluate(model, self.dense[0]))
             quant = None
             if recipe.quantise is not None:
@@ -225,7 +230,7 @@ class _Session:
     def help(self, called: str) -> None:
         """Train along with the first process, in the stage that it called for."""
         stage = next(stage for stage in self.recipe.trained if stage.stage == called)
-        outcome = self._goal(stage) if isinstance(stage, Shear) else self._restore()
+        outcome = self._goal(stage) if isinstance(stage, Adapt | Shear) else self._restore()
         model = copy.deepcopy(self.dense[0])
         cut_(model, outcome.edits)
         self.world.wait()
@@ -238,10 +243,13 @@ class _Session:
 
     @property
     def dense(self) -> tuple[Any, Any]:
-        """The model and its tokenizer."""
+        """The model, adapted as soon as that stage is done, and its tokenizer."""
         if self._dense is None:
             self._say({"stage": "load", "model": self.recipe.model})
             self._dense = load(self.recipe.model, self.recipe.device, self.recipe.dtype)
+        if not self._adapted and self.folder.done("adapt") is not None:
+            cut_(self._dense[0], load_edits(self.folder.state / "adapted"))
+            self._adapted = True
         return self._dense
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -300,19 +308,16 @@ class _Session:
         beside = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if is_branch(name))
         return {**self._evaluate(model, self.dense[0]), "bytes": plan.quantised.bytes + beside}
 
-    def _shear(self, stage: Shear) -> dict[str, Any]:
+    def _train_dense(self, stage: Adapt | Shear) -> dict[str, Any]:
+        """Train a copy of the dense model; what came of it is kept as edits."""
         self._call(stage)
         model, trained = self._train(copy.deepcopy(self.dense[0]), self._goal(stage), stage)
-        (structure,) = (edit for edit in trained.edits if isinstance(edit, Structure))
-        cut_(model, [structure])
+        structures = [edit for edit in trained.edits if isinstance(edit, Structure)]
+        cut_(model, structures)
         values = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-        save_edits([structure, Delta(values)], self.folder.state / "edits")
-        return {
-            "steps": trained.steps,
-            "tokens": trained.tokens,
-            "skipped": trained.skipped,
-            "weights": trained.weights,
-        }
+        folder = "adapted" if isinstance(stage, Adapt) else "edits"
+        save_edits([*structures, Delta(values)], self.folder.state / folder)
+        return _record(trained)
 
     def _restore(self) -> Outcome:
         """Plan and edits from disk, so that a resumed run works on the very same values; no edits without pruning."""
@@ -320,14 +325,17 @@ class _Session:
         measured = self.folder.done("measure")
         return self._planned(edits, [] if measured is None else measured["importance"])
 
-    def _goal(self, stage: Shear) -> Outcome:
-        """The plan of what shearing will end in, and no edits yet."""
+    def _goal(self, stage: Adapt | Shear) -> Outcome:
+        """The plan of what training the dense model will end in, and no edits yet."""
+        if isinstance(stage, Adapt):
+            return self._planned()
         return Outcome(preview_target(self.dense[0], stage, self.recipe.model), ())
 
     def _planned(self, edits: Sequence[Edit] = (), importance: Sequence[float] = ()) -> Outcome:
         recipe, model = self.recipe, self.dense[0]
         anatomy, inventory = anatomy_of(model.config), inventory_of(model)
-        plan = plan_of(recipe.model, recipe.stages[0].method, anatomy, inventory, edits, importance)
+        method = (recipe.first or recipe.stages[0]).method
+        plan = plan_of(recipe.model, method, anatomy, inventory, edits, importance)
         return Outcome(as_saved(recipe, model, plan), tuple(edits))
 
     def _train(self, model: Any, outcome: Outcome, stage: TrainStage) -> tuple[Any, TrainResult]:

@@ -56,8 +56,9 @@ class RunDir:
         self.write_json(f"state/{stage}.json", content)
 
     def record_shape(self, budget: Budget, recipe: Recipe) -> None:
-        """Keep which shape a budget came to: that of ``recipe``, whose first stage names one."""
-        shape = {"budget": budget.model_dump(), "target": recipe.model_dump()["stages"][0]["target"]}
+        """Keep which shape a budget came to: that which ``recipe`` names."""
+        assert recipe.first is not None
+        shape = {"budget": budget.model_dump(), "target": recipe.first.model_dump()["target"]}
         self.write_json(_SHAPE, shape)
 
     def write_json(self, name: str, content: Any) -> None:

@@ -17,7 +17,7 @@ from shearling.methods.sheared_llama import Shearing, ShearingPolicy, kept_of
 from shearling.methods.spp import SPPPolicy
 from shearling.nn import is_linear
 from shearling.plan import Plan, leading
-from shearling.recipe import AST, SPP, Full, Recipe, Shear, Sparsify, TrainStage
+from shearling.recipe import AST, SPP, Adapt, Full, Recipe, Shear, Sparsify, TrainStage
 from shearling.surgery import cut_
 from shearling.train import Policy, TrainSettings, in_dtype
 from shearling.train.memory import Memory, training_memory
@@ -58,7 +58,7 @@ def made_trainable(
 
     ``masks`` are as ``ASTPolicy`` and ``SPPPolicy`` have them, ``norms`` as ``ASTPolicy``.
     """
-    if isinstance(stage, Full):
+    if isinstance(stage, Adapt | Full):
         # an optimizer's small steps vanish in half precision
         return model.float(), []
     if isinstance(stage, Shear):
@@ -87,7 +87,7 @@ def recovery_memory(
     ``compute`` is the type of products, None the weights' own.
     """
     model = copy.deepcopy(dense)
-    if not isinstance(stage, Shear):
+    if not isinstance(stage, Adapt | Shear):
         cut_(model, [leading(planned.anatomy_before, planned.anatomy_after, planned.layers)])
     # what they are counts for nothing here
     linears = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_linear(m)}

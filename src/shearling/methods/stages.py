@@ -78,10 +78,11 @@ def in_shape(recipe: Recipe, measured: Mapping[Width, Cost] | None = None) -> Re
 
 
 def with_target(recipe: Recipe, target: Target) -> Recipe:
-    """The recipe with a shape in place of its first stage's."""
+    """The recipe with a shape in place of that of the stage that prunes."""
     stage = recipe.first
     assert isinstance(stage, Ranked | Shear)
-    return recipe.model_copy(update={"stages": (stage.model_copy(update={"target": target}), *recipe.stages[1:])})
+    shaped = stage.model_copy(update={"target": target})
+    return recipe.model_copy(update={"stages": tuple(shaped if each is stage else each for each in recipe.stages)})
 
 
 def preview_recipe(recipe: Recipe, model: Any, processes: int = 1) -> Plan:

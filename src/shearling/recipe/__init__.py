@@ -8,7 +8,7 @@ from shearling.recipe.quantising import Quantise, Scales
 from shearling.recipe.reading import load_recipe, parse_recipe, schema
 from shearling.recipe.sections import Calibration, Evaluation
 from shearling.recipe.shapes import Budget, Ranked, ShapeOrBudget, Target
-from shearling.recipe.training import AST, SPP, Full, LoRA, Shear, SLoRB
+from shearling.recipe.training import AST, SPP, Adapt, Full, LoRA, Shear, SLoRB
 from shearling.recipe.whole import (
     MASK_METHODS,
     METHODS,
@@ -36,6 +36,7 @@ __all__ = [
     "STDLIB",
     "TOP_K",
     "UNSTRUCTURED",
+    "Adapt",
     "Baseline",
     "Budget",
     "CFSPReference",

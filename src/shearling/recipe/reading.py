@@ -18,7 +18,7 @@ from shearling.recipe.pruning import CFSP, Baseline, CFSPReference, Reconstruct,
 from shearling.recipe.quantising import Quantise
 from shearling.recipe.sections import Calibration, Evaluation
 from shearling.recipe.shapes import Budget, Ranked, Target
-from shearling.recipe.training import AST, SPP, Full, LoRA, Shear, SLoRB
+from shearling.recipe.training import AST, SPP, Adapt, Full, LoRA, Shear, SLoRB
 from shearling.recipe.whole import METHODS, RECOVERIES, STAGES, TAGS, Recipe
 
 Section = TypeVar("Section", bound=Strict)
@@ -117,7 +117,7 @@ def _one_line(error: ValidationError, content: dict[str, Any]) -> str:
 def _names(location: tuple[int | str, ...]) -> list[str]:
     """Field names that are valid where an unknown key stands."""
     tags = {str(part) for part in location}
-    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, Ranked, Shear, LoRA, Full, AST, SPP]
+    owners: list[type[BaseModel]] = [CFSP, CFSPReference, Shearling, Baseline, Ranked, LoRA, Full, AST, SPP]
     if "reconstruct" in tags:
         return list(Reconstruct.model_fields)
     if "target" in tags:
@@ -128,7 +128,7 @@ def _names(location: tuple[int | str, ...]) -> list[str]:
         return list(Loading.model_fields)
     if "slorb" in tags:
         return list(SLoRB.model_fields)
-    for stage in (Sparsify, Denoise, Quantise):
+    for stage in (Adapt, Sparsify, Denoise, Shear, Quantise):
         if stage.model_fields["stage"].default in tags:
             return list(stage.model_fields)
     for owner in owners:

@@ -33,7 +33,7 @@ class Train(Strict):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     #: weight of the relative squared error of the states after each block
     layerwise: Annotated[float, Field(ge=0)] = 0.0
-    #: model that is followed, by its name, folder or hub id; the recipe's own, as it was loaded, by default
+    #: model that is followed, by its name, folder or hub id; the recipe's own by default, as it was loaded or adapted
     teacher: str | None = None
     #: precision of its weights; the recipe's by default
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -166,6 +166,14 @@ class Train(Strict):
         if self.keep == "best" and not self.validates:
             raise ValueError("keep = 'best' needs a validation text")
         return self
+
+
+class Adapt(Train):
+    """Teacher correction (Minitron, arXiv 2408.11796): the model learns the text before it is pruned and followed."""
+
+    stage: Literal["adapt"] = "adapt"
+    method: Literal["full"] = "full"
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
 
 
 class Recover(Train):

@@ -13,14 +13,16 @@ from shearling.recipe.pruning import CFSP, Baseline, CFSPReference, Shearling
 from shearling.recipe.quantising import Quantise
 from shearling.recipe.sections import Calibration, Evaluation
 from shearling.recipe.shapes import Ranked
-from shearling.recipe.training import AST, SPP, Full, LoRA, Recover, Shear, Train
+from shearling.recipe.training import AST, SPP, Adapt, Full, LoRA, Recover, Shear, Train
 
 PruneStage = Annotated[CFSP | CFSPReference | Shearling | Baseline | Ranked, Field(discriminator="method")]
 RecoverStage = Annotated[LoRA | Full | AST | SPP, Field(discriminator="method")]
-TrainStage = Shear | LoRA | Full | AST | SPP
-Stage = Annotated[PruneStage | Sparsify | Denoise | Shear | RecoverStage | Quantise, Field(discriminator="stage")]
+TrainStage = Adapt | Shear | LoRA | Full | AST | SPP
+Stage = Annotated[
+    Adapt | PruneStage | Sparsify | Denoise | Shear | RecoverStage | Quantise, Field(discriminator="stage")
+]
 MASK_METHODS = get_args(Sparsify.model_fields["method"].annotation)
-STAGES = ("prune", "sparsify", "denoise", "shear", "recover", "quantise")
+STAGES = ("adapt", "prune", "sparsify", "denoise", "shear", "recover", "quantise")
 RECOVERIES = ("lora", "full", "ast", "spp")
 RANKED = get_args(Ranked.model_fields["method"].annotation)
 METHODS = ("cfsp", "cfsp-reference", "shearling", "wanda-sp", "flap", "magnitude", "random", *RANKED)
@@ -43,7 +45,25 @@ class Recipe(Strict):
 
     @field_validator("stages")
     @classmethod
-    def _order(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _adapted(cls, stages: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [stage.stage for stage in stages]
+        if "adapt" in names[1:] or names[:2] in (["adapt"], ["adapt", "recover"], ["adapt", "quantise"]):
+            raise ValueError(
+                "adapt must stand once, at the start, and be followed by prune, sparsify, denoise or shear (a recipe "
+                f"that only trains has recover alone); got {', '.join(names)}"
+            )
+        for stage in stages[1:] if names[0] == "adapt" else ():
+            if isinstance(stage, TrainStage) and stage.teacher_cache is not None and stage.teacher is None:
+                raise ValueError(
+                    f"{stage.stage}.teacher_cache needs a teacher by name after adapt; a cache knows the adapted model "
+                    "only by the name of the one before"
+                )
+        return stages
+
+    @field_validator("stages")
+    @classmethod
+    def _order(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        stages = given[1:] if isinstance(given[0], Adapt) else given
         names = [stage.stage for stage in stages]
         # quantise may end any recipe, or be alone
         before = names[:-1] if names[-1] == "quantise" else names
@@ -53,7 +73,7 @@ class Recipe(Strict):
                 f"got {', '.join(names)}"
             )
         if not before:
-            return stages
+            return given
         last, names, end = stages[len(before) - 1], before, stages[-1]
         if isinstance(last, AST) and last.quantise is not None and isinstance(end, Quantise):
             trained, stored = (last.quantise, last.group), (end.format, end.group)
@@ -77,13 +97,18 @@ class Recipe(Strict):
                 "recover.ranks = damaged: needs widths that differ by block, as cfsp and shearling leave them; use "
                 "important or uniform"
             )
-        return stages
+        return given
+
+    @property
+    def adapt(self) -> Adapt | None:
+        """The stage that trains the model before it is pruned, if there is one."""
+        stage = self.stages[0]
+        return stage if isinstance(stage, Adapt) else None
 
     @property
     def first(self) -> PruneStage | Sparsify | Denoise | Shear | None:
         """The stage that changes the model at once or by gates; None where the recipe only trains or quantises."""
-        stage = self.stages[0]
-        return None if isinstance(stage, Recover | Quantise) else stage
+        return next((stage for stage in self.stages if not isinstance(stage, Adapt | Recover | Quantise)), None)
 
     @property
     def recover(self) -> RecoverStage | None:

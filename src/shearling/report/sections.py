@@ -14,7 +14,7 @@ from markupsafe import Markup
 from shearling.recipe import RECOVERIES
 from shearling.report import plots
 from shearling.report.files import Record, RunFiles, record, records
-from shearling.report.names import model_names
+from shearling.report.names import model_names, reference_of
 from shearling.report.numbers import (
     count,
     decimal,
@@ -141,18 +141,19 @@ def _corpus_of(row: Record) -> str:
 
 
 def quality(run: RunFiles) -> Section | None:
-    """Perplexity and distance from the model before all work, one row a measured model."""
+    """Perplexity and distance from the model that was pruned or trained, one row a measured model."""
     measured = _measured(run)
     if not measured:
         return None
-    dense = measured.get("dense", {}).get("perplexity")
+    reference = reference_of(measured)
+    before = measured.get(reference, {}).get("perplexity")
     shared, names = _corpus(measured), _names(run)
     rows = []
     for key, row in measured.items():
-        cells = [significant(row.get("perplexity")), ratio(row.get("perplexity"), dense)]
+        cells = [significant(row.get("perplexity")), ratio(row.get("perplexity"), before)]
         cells += [significant(row.get("kl"), 3), percent(row.get("agreement"))]
         rows.append({"name": names[key], "cells": cells, "corpus": None if shared else _corpus_of(row)})
-    return {"rows": rows, "corpus": shared, "reference": names["dense"]}
+    return {"rows": rows, "corpus": shared, "reference": names[reference]}
 
 
 def sizes(run: RunFiles) -> Section | None:
