@@ -6,8 +6,8 @@ All variants train on equal parts of the ``corpus/*.train`` domains with the sam
 in the given seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model
 unless they say otherwise, and are trained at every learning rate and seed that is given. Adapted ones start from, and
 follow, the dense model after ``--adapt-tokens`` of cross-entropy on the same text. ``--mixture`` says in which
-proportions domains are read: as they come, equal, or moved by dynamic batch loading towards what lags furthest behind
-the dense model, on windows held back for that. Scored on WikiText-2 test and the
+proportions domains are read: as they come, equal, equal but none more than four times, or moved by dynamic batch loading
+towards what lags furthest behind the dense model, on windows held back for that. Scored on WikiText-2 test and the
 held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
 """
 
@@ -47,6 +47,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+#: most times that a domain is read, where parts are even; repeated so often text is worth nearly as much as new text
+#: (Muennighoff et al., arXiv 2305.16264)
+PASSES = 4
 #: windows of every domain that dynamic batch loading looks at, and that are not trained on
 HELD_BACK = 8
 
@@ -96,6 +99,19 @@ VARIANTS = {
 }
 
 
+def even(sizes: dict[str, int], tokens: float, passes: float) -> dict[str, float]:
+    """Tokens of each domain: equal parts, but of none more than so many times what it has."""
+    given: dict[str, float] = {}
+    left = dict(sizes)
+    while left:
+        share = (tokens - sum(given.values())) / len(left)
+        small = [name for name, size in left.items() if passes * size < share]
+        if not small:
+            return given | dict.fromkeys(left, share)
+        given |= {name: passes * left.pop(name) for name in small}
+    return given
+
+
 class Bench:
     """The dense model, the text, and one-shot masks as they are asked for."""
 
@@ -121,12 +137,16 @@ class Bench:
         self.outcomes: dict[str, Outcome] = {}
         self.adapted: Bench | None = None
 
-    def unique_tokens(self, trained: int) -> int:
-        """How many of the tokens that a run trains on it sees for the first time, at most where their parts move."""
-        sizes = [part.numel() for part in self.domains.values()]
-        if self.args.mixture == "equal":
-            return sum(min(size, trained // len(sizes)) for size in sizes)
-        return min(trained, sum(sizes))
+    def parts(self, tokens: int) -> dict[str, float]:
+        """How many of those tokens each domain gives; with ``dynamic`` at first."""
+        sizes = {name: part.numel() for name, part in self.domains.items()}
+        if self.args.mixture == "natural":
+            return {name: tokens * size / sum(sizes.values()) for name, size in sizes.items()}
+        return even(sizes, tokens, PASSES if self.args.mixture == "even" else math.inf)
+
+    def unique_tokens(self, tokens: int) -> int:
+        """How many of them are read for the first time."""
+        return round(sum(min(part, self.domains[name].numel()) for name, part in self.parts(tokens).items()))
 
     def outcome(self, start: str) -> Outcome:
         if start not in self.outcomes:
@@ -150,8 +170,8 @@ class Bench:
         """What is trained on, what mixes it, and what that looks at."""
         if self.args.mixture == "natural":
             return torch.cat(list(self.domains.values())), [], None
-        if self.args.mixture == "equal":
-            return Domains(self.domains), [], None
+        if self.args.mixture in ("equal", "even"):
+            return Domains(self.domains, self.parts(settings.tokens)), [], None
         back = {name: part[-HELD_BACK:] for name, part in self.domains.items()}
         text = Domains({name: part[:-HELD_BACK] for name, part in self.domains.items()})
         return text, [DynamicLoading(source_losses(self.dense, back, settings, World()))], back
@@ -235,7 +255,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="of a training window")
-    parser.add_argument("--mixture", choices=("natural", "equal", "dynamic"), default="natural")
+    parser.add_argument("--mixture", choices=("natural", "equal", "even", "dynamic"), default="natural")
     parser.add_argument("--adapt-tokens", type=float, default=5e6, help="of cross-entropy before adapted variants")
     parser.add_argument("--adapt-rate", type=float, default=5e-4, help="learning rate of that")
     parser.add_argument("--min-ratio", type=float, default=0.1, help="of the learning rate, at the end")
