@@ -2,13 +2,13 @@
 
     python benchmarks/adaptive_training.py --data DIR [--json FILE] [--quick] [--seconds S] [--variants NAME ...]
 
-All variants train on equal parts of the ``corpus/*.train`` domains with the same steps: as many as the first one makes
-in the given seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model
-unless they say otherwise, and are trained at every learning rate and seed that is given. Adapted ones start from, and
-follow, the dense model after ``--adapt-tokens`` of cross-entropy on the same text. ``--mixture`` says in which
-proportions domains are read: as they come, equal, equal but none more than four times, or moved by dynamic batch loading
-towards what lags furthest behind the dense model, on windows held back for that. Scored on WikiText-2 test and the
-held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
+All variants train on the ``corpus/*.train`` domains with the same steps: as many as the first one makes in the given
+seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model unless they say
+otherwise, and are trained at every learning rate and seed that is given. Adapted ones start from, and follow, the dense
+model after ``--adapt-tokens`` of cross-entropy on the same text. ``--mixture`` says in which proportions domains are
+read: as they come; equal; even, which is equal but none more than four times; or moved by dynamic batch loading towards
+what lags furthest behind the dense model, on windows held back for that. Scored on WikiText-2 test and the held-out
+corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
 """
 
 from __future__ import annotations
