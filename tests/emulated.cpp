@@ -1,6 +1,7 @@
 // Carries src/shearling/kernels/*.cu out on a processor, a thread for every thread, from the words of NVIDIA's PTX
 // manual on mma.sp, mma and ldmatrix alone; so that a layout is tested against them and not against itself.
 // Compiled with -DSOURCE='"file.cu"' and the file's own macros.
+#include <atomic>
 #include <barrier>
 #include <cassert>
 #include <cmath>
@@ -46,10 +47,18 @@ static u32 address_of(const void* p) {
     return (u32)at;
 }
 static void block_sync() { block->meet.arrive_and_wait(); }
-static void cluster_sync() { cluster_meet->arrive_and_wait(); }
-static void of_rank(float (&four)[4], const float* p, u32 rank) {
+static void make_inbox(u64* inbox, u32 bytes) { *inbox = bytes; }
+static void cluster_arrive() {}
+static void cluster_wait() { cluster_meet->arrive_and_wait(); }
+template <class T> static void send(const T* p, const T& value, u64* inbox, u32 rank) {
     assert(address_of(p) % 16 == 0);
-    memcpy(four, (*cluster)[rank]->start() + address_of(p), 16);
+    char* there = (*cluster)[rank]->start();
+    memcpy(there + address_of(p), &value, 16);
+    std::atomic_ref<u64>(*(u64*)(there + address_of(inbox))) -= 16;
+}
+static void wait_for_inbox(u64* inbox) {
+    cluster_meet->arrive_and_wait();
+    assert(*inbox == 0);
 }
 static void wait_for_kernel_before() {}
 static void let_next_kernel_start() {}

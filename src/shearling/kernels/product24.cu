@@ -28,14 +28,28 @@ DEVICE u32 block_x() { return blockIdx.x; }
 DEVICE u32 block_y() { return blockIdx.y; }
 DEVICE u32 address_of(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
 DEVICE void block_sync() { __syncthreads(); }
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// An inbox of shared memory that blocks of the cluster write to: it is full when so many bytes have come. Neither needs
+// a fence, which waits for all of a block's stores. No block may write before all have arrived at the cluster's barrier.
+DEVICE void make_inbox(u64* inbox, u32 bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n"
+                 "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
+                 "fence.mbarrier_init.release.cluster;" ::"r"(address_of(inbox)), "r"(bytes) : "memory");
 }
-DEVICE void of_rank(float (&four)[4], const float* shared, u32 rank) {
-    u32 there;
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void send(const Quad* shared, const Quad& q, u64* inbox, u32 rank) {
+    u32 there, box;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address_of(shared)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3]) : "r"(there) : "memory");
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box) : "r"(address_of(inbox)), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(there), "r"(q.at[0]), "r"(q.at[1]), "r"(q.at[2]), "r"(q.at[3]), "r"(box) : "memory");
+}
+DEVICE void wait_for_inbox(u64* inbox) {
+    u32 full;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(full) : "r"(address_of(inbox)) : "memory");
+    } while (!full);
 }
 DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -282,14 +296,23 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     const int rank = block_y();
     const int begin = rank * w.steps / RANKS, end = (rank + 1) * w.steps / RANKS;
 
-    // zeros, tokens (later the sums of each turn), the branch's tokens, the block's sums
+    // zeros, the inbox' barrier, tokens (later the sums of each turn), the branch's tokens, the block's sums, the inbox
     Quad* zeros = shared_memory;
-    u16* rows = (u16*)(shared_memory + 1);
+    u64* inbox = (u64*)(shared_memory + 1);
+    u16* rows = (u16*)(shared_memory + 2);
     const int stride = widest + PAD;
     const int of_tokens = tokens * stride * 2, of_turns = TURNS > 1 ? TURNS * tokens * APART * 4 : 0;
     u16* inner = rows + (of_tokens > of_turns ? of_tokens : of_turns) / 2;
     const int inner_stride = widest_inner + PAD;
     float* total = (float*)(inner + (BRANCH ? tokens * inner_stride : 0));
+    Quad* came = (Quad*)(total + tokens * APART);
+    // four outputs at a time, of which every rank adds up a part
+    const int fours = tokens * (ROWS / 4), share = (fours + RANKS - 1) / RANKS;
+    const int own_first = rank * share, own_end = own_first + share < fours ? own_first + share : fours;
+    if (RANKS > 1) {
+        if (thread == 0) make_inbox(inbox, own_end > own_first ? (own_end - own_first) * RANKS * 16 : 0);
+        cluster_arrive();
+    }
 
     Step steps[STEPS];
     const int first = begin + turn;
@@ -419,36 +442,35 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             total[o] = sum;
         }
     }
-    if (RANKS > 1)
-        cluster_sync();
-    else
-        block_sync();
-    // four outputs at a time, of which every rank has a part
-    const int fours = tokens * (ROWS / 4), share = (fours + RANKS - 1) / RANKS;
-    for (int i = rank * share + thread; i < fours && i < (rank + 1) * share; i += WARPS * 32) {
-        const int token = i / (ROWS / 4), o = i % (ROWS / 4) * 4, row = block_x() * ROWS + o;
-        float found[RANKS][4];
-#pragma unroll
-        for (int k = 0; k < RANKS; ++k) {
-            const float* at_rank = total + token * APART + o;
-            if (RANKS > 1)
-                of_rank(found[k], at_rank, k);
-            else
-                for (int j = 0; j < 4; ++j) found[k][j] = at_rank[j];
+    block_sync();
+    if (RANKS > 1) {
+        cluster_wait();
+        for (int i = thread; i < fours; i += WARPS * 32) {
+            const Quad* four = (const Quad*)(total + i / (ROWS / 4) * APART) + i % (ROWS / 4);
+            send(came + own_first + i % share, *four, inbox, i / share);
         }
+        wait_for_inbox(inbox);
+    }
+    for (int i = own_first + thread; i < own_end; i += WARPS * 32) {
+        const int token = i / (ROWS / 4), o = i % (ROWS / 4), row = block_x() * ROWS + o * 4;
+        Quad found[RANKS];
+#pragma unroll
+        for (int k = 0; k < RANKS; ++k)
+            found[k] = RANKS > 1 ? came[k * share + i - own_first] : ((const Quad*)(total + token * APART))[o];
+        float sum[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            float sum = 0.f;
 #pragma unroll
-            for (int k = 0; k < RANKS; ++k) sum += found[k][j];
-            if (row + j < outputs) {
-                if (bias) sum += low_half(bias[row + j]);
-                y[(u64)token * outputs + row + j] = (u16)rounded_pair(sum, 0.f);
-            }
+            for (int k = 0; k < RANKS; ++k) sum[j] += bits_as_float(found[k].at[j]);
+            if (bias && row + j < outputs) sum[j] += low_half(bias[row + j]);
         }
+        u16* at = y + (u64)token * outputs + row;
+        if (outputs % 4 == 0 && row < outputs)
+            *(u64*)at = (u64)rounded_pair(sum[2], sum[3]) << 32 | rounded_pair(sum[0], sum[1]);
+        else
+            for (int j = 0; j < 4; ++j)
+                if (row + j < outputs) at[j] = (u16)rounded_pair(sum[j], 0.f);
     }
-    // no block may end while others read its sums
-    if (RANKS > 1) cluster_sync();
 }
 
 // The dense weight [outputs, inputs] again, for products of many tokens; a warp for ROW_TILES * 16 outputs and a step.
