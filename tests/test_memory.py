@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shearling.anatomy import anatomy_of
+from shearling.methods.ast import ASTPolicy
 from shearling.methods.ig_lora import LoRAPolicy
 from shearling.methods.spp import SPPPolicy
 from shearling.methods.stages import preview_recipe
 from shearling.models import empty_model
-from shearling.recipe import load_recipe
+from shearling.plan.patterns import Pattern
+from shearling.recipe import AST, SLoRB, load_recipe
 from shearling.train import Distillation, TrainSettings, compiled, train
 from shearling.train.head import hidden_states, narrow_stream
 from shearling.train.memory import training_memory
@@ -106,6 +108,23 @@ def test_estimate_is_near_what_lives(family: str, changes: dict[str, Any], kind:
     with living:
         train(model, tiny_tokens(8, LENGTH, seed=5), [*policies(), Distillation(teacher)], settings)
     assert expected.peak == pytest.approx(living.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("start", ["block-mean", "svd", "activation-svd"])
+def test_branches_are_counted(start: str) -> None:
+    model = tiny_model("llama", **SIZES["llama"])
+    settings = TrainSettings(tokens=2 * 4 * LENGTH, length=LENGTH, batch=4, micro_batch=2, learning_rate=1e-4)
+    norms = {name: torch.ones(weight.shape[1]) for name, weight in model.named_parameters() if weight.ndim == 2}
+
+    def peak(stage: AST) -> int:
+        policy = ASTPolicy(anatomy_of(model.config), Pattern(2, 4), stage, norms=norms)
+        return training_memory(model, settings, [policy]).peak
+
+    slorb = SLoRB.model_validate({"start": start})
+    weights = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2]
+    branches = sum(4 * slorb.rank(weight.shape[1]) * sum(weight.shape) for weight in weights)
+    # a branch, its gradient and two moments
+    assert peak(AST(slorb=slorb)) - peak(AST()) == pytest.approx(4 * branches, rel=0.2)
 
 
 @pytest.mark.parametrize("compute", [None, torch.bfloat16])

@@ -54,11 +54,12 @@ def activation_svd(missing_OI: Tensor, gram_II: Tensor, rank: int, damping: floa
     _check_rank(missing_OI, rank)
     system = gram_II.double().clone()
     system.diagonal().add_(ridge(system, damping))
-    factor, info = torch.linalg.cholesky_ex(system)
-    if info.item():
+    try:
+        factor = torch.linalg.cholesky(system)
+    except torch.linalg.LinAlgError as error:
         raise ShearlingError(
             f"activation SVD: the Gram matrix is not positive definite at damping {damping:g}; use more text"
-        )
+        ) from error
     up, down = _leading(missing_OI.double() @ factor, rank)
     return _balanced(up, torch.linalg.solve_triangular(factor, down, upper=False, left=False))
 
