@@ -3,13 +3,14 @@
     python benchmarks/sparse_runtime.py --check
     python benchmarks/sparse_runtime.py --tune --table FILE [--json FILE]
     python benchmarks/sparse_runtime.py --table FILE [--json FILE]
-    python benchmarks/sparse_runtime.py --end-to-end --table FILE [--json FILE]
+    python benchmarks/sparse_runtime.py --end-to-end [--compile] --table FILE [--json FILE]
 
 The first compares every way with the dense product. The second times every way for a few tokens (``--tokens``),
 prints the best and keeps all in the table. The third times, for every shape and number of tokens, dense cuBLAS,
 cuSPARSELt, our kernels, those with a low-rank branch and those in 4 bits, by the table's best, then what the table
 takes ("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. The fourth
-writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer). ``--ways`` times only some.
+writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer), with ``--compile`` by torch.compile.
+``--ways`` times only some.
 
 On a CPU (``--device cpu``) the third has dense, our kernel, that with values in 4 bits, and what the table takes, in
 float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold.
@@ -32,7 +33,7 @@ from common import Rows, device_name
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from shearling.evaluate.decode import greedy_step
-from shearling.evaluate.speed import captured_step
+from shearling.evaluate.speed import static_step
 from shearling.export.compact import block_weights
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.nvrtc import obstacle
@@ -55,7 +56,7 @@ from shearling.runtime import (
 )
 from shearling.runtime.paths import bytes_of
 from shearling.runtime.table import several
-from shearling.runtime.timing import Timing, interleaved, summary, timed_ways
+from shearling.runtime.timing import interleaved, summary, timed_ways
 
 #: linears of a layer as (outputs, inputs), and how many there are
 LAYERS = {
@@ -369,8 +370,11 @@ def sums(bench: Bench, found: Seconds, found_least: Seconds) -> None:
                 )
 
 
-def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
-    """Prefill and decoding of a whole random model, as CUDA graphs over a static cache; all three take turns."""
+def end_to_end(bench: Bench, layers: int, prompt: int, generate: int, compiled: bool) -> None:
+    """Prefill and decoding of a whole random model, as CUDA graphs over a static cache; all three take turns.
+
+    ``compiled`` by torch.compile, which makes few kernels of all that lies between the linears.
+    """
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
     if bench.layers is TINY:
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 96}
@@ -400,14 +404,19 @@ def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
             )
             held[what] = accelerate_(model, bench.table, int4=group or None, copies="fastest", tokens=wanted).bytes
     ids_BT = torch.randint(3, config.vocab_size, (1, prompt), device=bench.device)
-    reading = {what: [prefill(model, ids_BT)] for what, model in models.items()}
+    reading, writing = {}, {}
+    for what, model in models.items():
+        reading[what] = [prefill(model, ids_BT)]
+        writing[what] = decoding(bench, model, ids_BT, 16 + generate)
+        if compiled:
+            model.forward = torch.compile(model.forward, dynamic=False)
     read = timed_ways(reading, bench.device, 3 if bench.replays < 10 else 10)
-    wrote = decoding(bench, models, ids_BT, generate)
+    wrote = timed_ways({what: [step] for what, step in writing.items()}, bench.device, generate)
     for part, count, found in (("prefill", prompt, read), ("decode", 1, wrote)):
         for what, timing in found.items():
             report(
                 bench,
-                f"{what}, {part}",
+                f"{what}, {part}{', compiled' if compiled else ''}",
                 f"{layers} layers, prompt {prompt}",
                 count,
                 None,
@@ -418,6 +427,7 @@ def end_to_end(bench: Bench, layers: int, prompt: int, generate: int) -> None:
             )
 
 
+@torch.no_grad()
 def prefill(model: Any, ids_BT: Any) -> Any:
     """A step that reads a prompt."""
     cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1])
@@ -429,31 +439,18 @@ def prefill(model: Any, ids_BT: Any) -> Any:
                 layer.cumulative_length.zero_()
         greedy_step(model, ids_BT, cache)
 
+    # makes the cache
+    read()
     return read
 
 
 @torch.no_grad()
-def decoding(bench: Bench, models: dict[str, Any], ids_BT: Any, generate: int) -> dict[str, Timing]:
-    """Times of one more token after a prompt."""
-    if not bench.gpu:
-        steps = {}
-        for what, model in models.items():
-            token, kept = greedy_step(model, ids_BT)
-            steps[what] = [torch.no_grad()(partial(greedy_step, model, token, kept))]
-        return timed_ways(steps, bench.device, generate)
-    # each already a graph, which goes on where the last replay stopped
-    graphs = {what: captured_step(model, ids_BT, 8 + generate)[0] for what, model in models.items()}
-    events: dict[str, list[Any]] = {what: [] for what in models}
-    for replay in range(4 + generate):
-        for what, step in graphs.items():
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            pair[0].record()
-            step()
-            pair[1].record()
-            if replay >= 4:
-                events[what].append(pair)
-    torch.cuda.synchronize()
-    return {what: summary([start.elapsed_time(end) / 1000 for start, end in pairs]) for what, pairs in events.items()}
+def decoding(bench: Bench, model: Any, ids_BT: Any, calls: int) -> Any:
+    """A step that writes one more token after a prompt, for so many calls."""
+    if bench.gpu:
+        return torch.no_grad()(static_step(model, ids_BT, calls)[0])
+    token, kept = greedy_step(model, ids_BT)
+    return torch.no_grad()(partial(greedy_step, model, token, kept))
 
 
 def main() -> None:
@@ -463,6 +460,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare every way with the dense product first")
     parser.add_argument("--tune", action="store_true", help="time every way for few tokens")
     parser.add_argument("--end-to-end", action="store_true", help="a whole model")
+    parser.add_argument("--compile", action="store_true", help="the whole model by torch.compile")
     parser.add_argument("--ways", nargs="*", choices=sorted(COPIES), help="time these alone, beside dense")
     parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
     parser.add_argument("--layers", type=int, default=32)
@@ -473,7 +471,7 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args)
     if args.end_to_end:
-        end_to_end(bench, args.layers, args.prompt, args.generate)
+        end_to_end(bench, args.layers, args.prompt, args.generate, args.compile)
         return
     work = check if args.check else tune if args.tune else shapes
     for dtype in bench.dtypes:

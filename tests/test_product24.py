@@ -222,6 +222,20 @@ def test_every_way_on_a_gpu(shape, tokens, branch, group):
     check_on_gpu(some, *shape, tokens, group, branch, tokens == 8)
 
 
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("branch", [None, "block", "given"])
+def test_products_compile_whole_on_a_gpu(branch):
+    x, compact, up, inner, bias, *_ = case(512, 1024, 3, 0, branch, False, "cuda")
+    weight = fragments_of(compact)
+
+    def work(x):
+        return product24(2 * x, weight, Config(1, 4, 2, 2, 2), up, inner, bias).relu(), dense24(weight) + 1
+
+    found = torch.compile(work, fullgraph=True)(x)
+    assert all(torch.equal(one, other) for one, other in zip(found, work(x), strict=True))
+
+
 def check_on_gpu(some, *sizes):
     x, compact, up, inner, bias, y, off = case(*sizes, "cuda")
     weight = fragments_of(compact)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shearling.errors import ShearlingError
 from shearling.export import load_codes, save_model
@@ -14,6 +15,7 @@ from shearling.export.compact import block_weights
 from shearling.kernels import nvrtc
 from shearling.kernels.compact24 import pack24, unpack24_int4
 from shearling.kernels.expand24 import obstacle
+from shearling.kernels.product24 import Config, dense24, fragments_of, product24, up_fragments
 from shearling.methods.quantise import plan_quantised
 from shearling.models import load_model
 from shearling.plan import Adapters, Quant
@@ -137,6 +139,31 @@ def test_an_accelerated_model_computes_what_it_did(family, seconds):
     dense = sum(weight.nbytes for weight in weights.values())
     compact = sum(pack24(weight).bytes for weight in weights.values())
     assert (done.dense_bytes, done.bytes) == (dense, dense if seconds is DENSE_FIRST else compact)
+
+
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("name", ["dense", "decompress", "expand", "inflate"])
+@torch.no_grad()
+def test_a_linear_compiles_whole(name, group):
+    if COPIES[name] == "masked" and obstacle() is not None:
+        pytest.skip(str(obstacle()))
+    weight, bias = random_24(12, 256, torch.float32, "cpu"), torch.randn(12)
+    linear = RoutedLinear({COPIES[name]: copy_of(COPIES[name], weight, group)}, [Route(8, Path(name))], bias)
+    x = torch.randn(2, 3, 256)
+    found = torch.compile(linear, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, linear(x))
+
+
+def test_what_compiling_knows_of_products_on_a_gpu(monkeypatch):
+    fragments = fragments_of(pack24(random_24(40, 256, torch.float32, "cpu").bfloat16()))
+    up = up_fragments(torch.randn(40, 16), block=16)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        x = fake.from_tensor(torch.randn(3, 256).bfloat16())
+        for branch in (None, up):
+            found = product24(x, fragments, Config(1, 2, 1, 2, 1), branch)
+            assert found.shape == (3, 40) and found.dtype == torch.bfloat16
+        assert dense24(fragments).shape == (40, 256) and dense24(fragments).dtype == torch.bfloat16
 
 
 def test_one_copy_or_the_fastest_ways():

@@ -92,6 +92,8 @@ def masked_product(x_MI: Tensor, weight: Masked24) -> Tensor:
 
     Raises ShearlingError where ``obstacle`` says that it cannot be.
     """
+    if torch.compiler.is_compiling():
+        return _masked_product(x_MI, *_parts(weight))
     tokens = x_MI.shape[0]
     assert tokens <= TOKENS and x_MI.is_contiguous() and x_MI.dtype == weight.dtype and x_MI.shape[1] == weight.inputs
     y_MO = torch.empty(tokens, weight.outputs, dtype=weight.dtype)
@@ -103,9 +105,51 @@ def masked_product(x_MI: Tensor, weight: Masked24) -> Tensor:
 
 def inflated(weight: Masked24) -> Tensor:
     """The dense weight [O, I] again, in its type; to the bit where there are no scales. Raises as the product."""
+    if torch.compiler.is_compiling():
+        return _inflated(*_parts(weight), weight.dtype)
     dense_OI = torch.empty(weight.shape, dtype=weight.dtype)
     _usable().inflate(ctypes.byref(_weight(weight)), dense_OI.data_ptr(), torch.get_num_threads())
     return dense_OI
+
+
+# torch.compile cannot look into a call of C: for it they are operators, which take no more than tensors and numbers
+
+
+@torch.library.custom_op(
+    "shearling::masked_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor masks, Tensor? scales, int[] sizes) -> Tensor",
+)
+def _masked_product(x_MI: Tensor, values: Tensor, masks: Tensor, scales: Tensor | None, sizes: list[int]) -> Tensor:
+    return masked_product(x_MI, _masked24(values, masks, scales, sizes, x_MI.dtype))
+
+
+@_masked_product.register_fake
+def _(x_MI: Tensor, values: Tensor, masks: Tensor, scales: Tensor | None, sizes: list[int]) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], sizes[0])
+
+
+@torch.library.custom_op(
+    "shearling::inflated",
+    mutates_args=(),
+    schema="(Tensor values, Tensor masks, Tensor? scales, int[] sizes, ScalarType dtype) -> Tensor",
+)
+def _inflated(values: Tensor, masks: Tensor, scales: Tensor | None, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    return inflated(_masked24(values, masks, scales, sizes, dtype))
+
+
+@_inflated.register_fake
+def _(values: Tensor, masks: Tensor, scales: Tensor | None, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    return values.new_empty(sizes[:2], dtype=dtype)
+
+
+def _parts(weight: Masked24) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+    return weight.values, weight.masks, weight.scales, [weight.outputs, weight.inputs, weight.group]
+
+
+def _masked24(values: Tensor, masks: Tensor, scales: Tensor | None, sizes: list[int], dtype: torch.dtype) -> Masked24:
+    outputs, inputs, group = sizes
+    return Masked24(values, masks, scales, outputs, inputs, dtype, group)
 
 
 def inflated_reference(weight: Masked24) -> Tensor:

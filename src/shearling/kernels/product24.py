@@ -185,6 +185,9 @@ def product24(
     All sums are float32; t is rounded to bfloat16 before it is multiplied. ``x_MI`` and ``inner_MR``, which is t where
     ``up.block`` is 0, are contiguous bfloat16; I and the rank of a t that is given are multiples of 8.
     """
+    if torch.compiler.is_compiling():
+        branch = (None, None, []) if up is None else (up.values, up.scales, [up.rank, up.block])
+        return _product24(x_MI, *_parts(weight), [int(number) for number in config], *branch, inner_MR, bias_O)
     assert x_MI.is_contiguous() and x_MI.dtype == torch.bfloat16 and x_MI.shape[1] == weight.inputs
     y_MO = torch.empty(x_MI.shape[0], weight.outputs, dtype=torch.bfloat16, device=x_MI.device)
     launch = launch_of(x_MI, weight, config, up, inner_MR, bias_O, y_MO)
@@ -203,12 +206,64 @@ def product24(
 
 def dense24(weight: Fragments) -> Tensor:
     """The dense weight [O, I] again, in bfloat16; to the bit, where there are no scales."""
+    if torch.compiler.is_compiling():
+        return _dense24(*_parts(weight))
     dense = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.values.device)
     macros = _macros(weight, Config(1, 8, 1, 1, 1), 1, None)
     with torch.cuda.device_of(dense):
         kernel = _kernel("unpack24", dense.device.index or 0, tuple(sorted(macros.items())))
         kernel((weight.values.shape[0], -(-weight.values.shape[1] // 8)), 256, 0, unpack_arguments(weight, dense))
     return dense
+
+
+# torch.compile cannot look into a launch: for it they are operators, which take no more than tensors and numbers
+
+
+@torch.library.custom_op(
+    "shearling::product24",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor places, Tensor? scales, int[] sizes, int[] config, Tensor? up, "
+    "Tensor? up_scales, int[] up_sizes, Tensor? inner, Tensor? bias) -> Tensor",
+)
+def _product24(
+    x_MI: Tensor,
+    values: Tensor,
+    places: Tensor,
+    scales: Tensor | None,
+    sizes: list[int],
+    config: list[int],
+    up: Tensor | None,
+    up_scales: Tensor | None,
+    up_sizes: list[int],
+    inner_MR: Tensor | None,
+    bias_O: Tensor | None,
+) -> Tensor:
+    branch = None if up is None else Up(up, up_scales, *up_sizes)
+    given = Config(*config[:-1], early=bool(config[-1]))
+    return product24(x_MI, Fragments(values, places, scales, *sizes), given, branch, inner_MR, bias_O)
+
+
+@_product24.register_fake
+def _(x_MI: Tensor, values: Tensor, places: Tensor, scales: Tensor | None, sizes: list[int], *_: object) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], sizes[0])
+
+
+@torch.library.custom_op(
+    "shearling::dense24",
+    mutates_args=(),
+    schema="(Tensor values, Tensor places, Tensor? scales, int[] sizes) -> Tensor",
+)
+def _dense24(values: Tensor, places: Tensor, scales: Tensor | None, sizes: list[int]) -> Tensor:
+    return dense24(Fragments(values, places, scales, *sizes))
+
+
+@_dense24.register_fake
+def _(values: Tensor, places: Tensor, scales: Tensor | None, sizes: list[int]) -> Tensor:
+    return values.new_empty(sizes[:2], dtype=torch.bfloat16)
+
+
+def _parts(weight: Fragments) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+    return weight.values, weight.places, weight.scales, [weight.outputs, weight.inputs, weight.group]
 
 
 def unpacked(weight: Fragments) -> Tensor:
