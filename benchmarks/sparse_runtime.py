@@ -1,16 +1,14 @@
-"""What 2:4 is worth where it runs: linear layers of two models, and a whole one, dense against 2:4 and 2:4 in 4 bits.
+"""What 2:4 is worth where it runs: linear layers of two models, dense against 2:4 and 2:4 in 4 bits.
 
     python benchmarks/sparse_runtime.py --check
     python benchmarks/sparse_runtime.py --tune --table FILE [--json FILE]
     python benchmarks/sparse_runtime.py --table FILE [--json FILE]
-    python benchmarks/sparse_runtime.py --end-to-end [--compile] --table FILE [--json FILE]
 
 The first compares every way with the dense product. The second times every way for a few tokens (``--tokens``),
 prints the best and keeps all in the table. The third times, for every shape and number of tokens, dense cuBLAS,
 cuSPARSELt, our kernels, those with a low-rank branch and those in 4 bits, by the table's best, then what the table
-takes ("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. The fourth
-writes tokens with a random model of LLaMA-2-7B's shape (``--layers`` for fewer), with ``--compile`` by torch.compile.
-``--ways`` times only some.
+takes ("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. ``--ways``
+times only some.
 
 On a CPU (``--device cpu``) the third has dense, our kernel, that with values in 4 bits, and what the table takes, in
 float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold.
@@ -30,11 +28,7 @@ from typing import Any
 
 import torch
 from common import Rows, device_name
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from shearling.evaluate.decode import greedy_step
-from shearling.evaluate.speed import static_step
-from shearling.export.compact import block_weights
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import Config, compile_all, configs
@@ -46,7 +40,6 @@ from shearling.runtime import (
     Key,
     Path,
     Table,
-    accelerate_,
     branch_of,
     copy_of,
     measure_table,
@@ -97,13 +90,22 @@ def group_of(shape: tuple[int, int]) -> int:
     return SMALL_GROUP if shape[1] % GROUP else GROUP
 
 
+def table_of(file: File | None, device: torch.device) -> Table:
+    """What a file says of a device, or an empty table; SystemExit where it was measured on another one."""
+    name = device_name(device) if device.type == "cuda" else f"{device_name(device)}, {processor()}"
+    table = Table.load(file) if file and file.exists() else Table(name, torch.__version__)
+    if table.device != name:
+        raise SystemExit(f"{file}: was measured on {table.device}, this is {name}")
+    return table
+
+
 class Bench:
     """A device, the table of what is fastest on it, and the rows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
         self.gpu = self.device.type == "cuda"
-        self.dtypes = (torch.bfloat16,) if self.gpu or args.end_to_end else (torch.float32, torch.bfloat16)
+        self.dtypes = (torch.bfloat16,) if self.gpu else (torch.float32, torch.bfloat16)
         self.dtype = torch.bfloat16
         self.layers = TINY if args.quick else LAYERS if self.gpu else SMALL_LAYERS
         few = (1, 2, 16) if args.quick else TOKENS if self.gpu else (1, 4)
@@ -111,12 +113,9 @@ class Bench:
         self.replays = 3 if args.quick else 100
         self.ways: list[str] | None = args.ways
         self.file: File | None = args.table
-        name = device_name(self.device) if self.gpu else f"{device_name(self.device)}, {processor()}"
-        self.table = Table.load(args.table) if args.table and args.table.exists() else Table(name, torch.__version__)
-        if self.table.device != name:
-            raise SystemExit(f"{args.table}: was measured on {self.table.device}, this is {name}")
+        self.table = table_of(args.table, self.device)
+        self.name = self.table.device
         self.rows = Rows(COLUMNS, args.json)
-        self.name = name
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -370,109 +369,18 @@ def sums(bench: Bench, found: Seconds, found_least: Seconds) -> None:
                 )
 
 
-def end_to_end(bench: Bench, layers: int, prompt: int, generate: int, compiled: bool) -> None:
-    """Prefill and decoding of a whole random model, as CUDA graphs over a static cache; all three take turns.
-
-    ``compiled`` by torch.compile, which makes few kernels of all that lies between the linears.
-    """
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
-    if bench.layers is TINY:
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 96}
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=4096)
-    models: dict[str, Any] = {}
-    held: dict[str, int] = {}
-    for what, group in (("dense", 0), ("2:4", 0), ("2:4 INT4", GROUP)):
-        torch.manual_seed(0)
-        with bench.device:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=bench.dtype).eval()
-        with torch.no_grad():
-            for weight in block_weights(model).values():
-                weight.copy_(random_24(*weight.shape, bench.dtype, bench.device))
-        models[what], held[what] = model, sum(weight.nbytes for weight in block_weights(model).values())
-        if what != "dense":
-            tokens = [count for count in bench.tokens if count <= prompt] if not group else [1, prompt]
-            wanted = sorted({1, prompt, *tokens})
-            shapes = sorted({tuple(weight.shape) for weight in block_weights(model).values()})
-            measure_table(
-                shapes,
-                device=bench.device,
-                dtype=bench.dtype,
-                group=group,
-                tokens=wanted,
-                table=bench.table,
-                ways=bench.ways,
-            )
-            held[what] = accelerate_(model, bench.table, int4=group or None, copies="fastest", tokens=wanted).bytes
-    ids_BT = torch.randint(3, config.vocab_size, (1, prompt), device=bench.device)
-    reading, writing = {}, {}
-    for what, model in models.items():
-        reading[what] = [prefill(model, ids_BT)]
-        writing[what] = decoding(bench, model, ids_BT, 16 + generate)
-        if compiled:
-            model.forward = torch.compile(model.forward, dynamic=False)
-    read = timed_ways(reading, bench.device, 3 if bench.replays < 10 else 10)
-    wrote = timed_ways({what: [step] for what, step in writing.items()}, bench.device, generate)
-    for part, count, found in (("prefill", prompt, read), ("decode", 1, wrote)):
-        for what, timing in found.items():
-            report(
-                bench,
-                f"{what}, {part}{', compiled' if compiled else ''}",
-                f"{layers} layers, prompt {prompt}",
-                count,
-                None,
-                timing,
-                found["dense"].seconds,
-                bytes=held[what],
-                tokens_per_second=count / timing.seconds,
-            )
-
-
-@torch.no_grad()
-def prefill(model: Any, ids_BT: Any) -> Any:
-    """A step that reads a prompt."""
-    cache = StaticCache(config=model.config, max_cache_len=ids_BT.shape[1])
-
-    @torch.no_grad()
-    def read() -> None:
-        for layer in cache.layers:
-            if layer.is_initialized:
-                layer.cumulative_length.zero_()
-        greedy_step(model, ids_BT, cache)
-
-    # makes the cache
-    read()
-    return read
-
-
-@torch.no_grad()
-def decoding(bench: Bench, model: Any, ids_BT: Any, calls: int) -> Any:
-    """A step that writes one more token after a prompt, for so many calls."""
-    if bench.gpu:
-        return torch.no_grad()(static_step(model, ids_BT, calls)[0])
-    token, kept = greedy_step(model, ids_BT)
-    return torch.no_grad()(partial(greedy_step, model, token, kept))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=File, help="file for the rows")
     parser.add_argument("--table", type=File, help="file of measured ways, read and written")
     parser.add_argument("--check", action="store_true", help="compare every way with the dense product first")
     parser.add_argument("--tune", action="store_true", help="time every way for few tokens")
-    parser.add_argument("--end-to-end", action="store_true", help="a whole model")
-    parser.add_argument("--compile", action="store_true", help="the whole model by torch.compile")
     parser.add_argument("--ways", nargs="*", choices=sorted(COPIES), help="time these alone, beside dense")
     parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=2048)
-    parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     bench = Bench(args)
-    if args.end_to_end:
-        end_to_end(bench, args.layers, args.prompt, args.generate, args.compile)
-        return
     work = check if args.check else tune if args.tune else shapes
     for dtype in bench.dtypes:
         bench.dtype = dtype
