@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from shearling.recipe import load_recipe
+from shearling.recipe import Recipe, load_recipe
 from shearling.run import run
 from tests.test_run import FOLLOWING, MASKED, adapting, made_small, only_training
 from tests.world_child import KINDS, carry_out
@@ -31,9 +31,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCH, str(ROOT / "tests" / "world_child.py"), *map(str, arguments)]
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCH, *map(str, arguments)]
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return torchrun(ROOT / "tests" / "world_child.py", *arguments)
+
+
+def run_pair(recipe: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return torchrun("-m", "shearling.cli", "run", recipe, "--out", out, *more)
+
+
+def metrics_of_pair(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What two processes measure of a recipe, in ``folder / "pair"``."""
+    (folder / "pair.yaml").write_text(recipe.dump())
+    done = run_pair(folder / "pair.yaml", folder / "pair")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "pair" / "metrics.json").read_text())
 
 
 def result(path: Path) -> dict[str, Any]:
@@ -97,8 +113,7 @@ def test_the_twin_of_a_large_recipe_under_torchrun_ends_as_in_one_process(tmp_pa
     recipe = tmp_path / "twin.yaml"
     recipe.write_text(yaml.safe_dump(content))
     alone = run(load_recipe(recipe), tmp_path / "alone")
-    command = [*LAUNCH, "-m", "shearling.cli", "run", str(recipe), "--out", str(tmp_path / "pair")]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_pair(recipe, tmp_path / "pair")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report.html") == 1
     pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
@@ -111,43 +126,28 @@ def test_the_twin_of_a_large_recipe_under_torchrun_ends_as_in_one_process(tmp_pa
     steps = [json.loads(line)["step"] for line in (tmp_path / "pair" / "metrics.jsonl").open() if '"loss"' in line]
     assert steps == sorted(set(steps))
     # a finished run is not done again, by as many processes as may come
-    again = subprocess.run([*command, "--resume"], env=environment(), cwd=ROOT, capture_output=True, check=False)
-    assert again.returncode == 0
-    uneven = subprocess.run(
-        [*command, "--set", "recover.batch=3"], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    assert run_pair(recipe, tmp_path / "pair", "--resume").returncode == 0
+    uneven = run_pair(recipe, tmp_path / "pair", "--set", "recover.batch=3")
     assert uneven.returncode != 0
     assert "recover.batch = 3: must be a multiple of 2 processes" in uneven.stderr
 
 
 def test_training_alone_under_torchrun_ends_as_in_one_process(tmp_path: Path) -> None:
     recipe = only_training(tmp_path, method="full", distill=0.5)
-    (tmp_path / "only.yaml").write_text(recipe.dump())
-    alone = run(recipe, tmp_path / "alone")
-    command = [*LAUNCH, "-m", "shearling.cli", "run", str(tmp_path / "only.yaml"), "--out", str(tmp_path / "pair")]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    alone, pair = run(recipe, tmp_path / "alone"), metrics_of_pair(recipe, tmp_path)
     assert pair["recovered"]["perplexity"] == pytest.approx(alone["recovered"]["perplexity"], rel=1e-4)
     assert pair["recovered"]["perplexity"] < pair["dense"]["perplexity"]
     # as if killed when training was recorded and the model not yet saved: all train again
     shutil.rmtree(tmp_path / "pair" / "model")
     (tmp_path / "pair" / "state" / "finished.json").unlink()
-    again = subprocess.run(
-        [*command, "--resume"], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    again = run_pair(tmp_path / "pair.yaml", tmp_path / "pair", "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
     assert (tmp_path / "pair" / "model" / "config.json").exists()
 
 
 def test_adapting_under_torchrun_ends_as_in_one_process(tmp_path: Path) -> None:
     recipe = adapting(tmp_path, MASKED, FOLLOWING)
-    (tmp_path / "adapting.yaml").write_text(recipe.dump())
-    alone = run(recipe, tmp_path / "alone")
-    command = [*LAUNCH, "-m", "shearling.cli", "run", str(tmp_path / "adapting.yaml"), "--out", str(tmp_path / "pair")]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    pair = json.loads((tmp_path / "pair" / "metrics.json").read_text())
+    alone, pair = run(recipe, tmp_path / "alone"), metrics_of_pair(recipe, tmp_path)
     for stage in ("adapted", "pruned", "recovered"):
         assert pair[stage]["perplexity"] == pytest.approx(alone[stage]["perplexity"], rel=1e-4)
     # a helper that kept the model as it was loaded would follow another teacher

@@ -247,7 +247,7 @@ class _Session:
         if self._dense is None:
             self._say({"stage": "load", "model": self.recipe.model})
             self._dense = load(self.recipe.model, self.recipe.device, self.recipe.dtype)
-        if not self._adapted and self.folder.done("adapt") is not None:
+        if self.recipe.adapt is not None and not self._adapted and self.folder.done("adapt") is not None:
             cut_(self._dense[0], load_edits(self.folder.state / "adapted"))
             self._adapted = True
         return self._dense

@@ -127,6 +127,16 @@ def fields24(compact: Compact24) -> Tensor:
     return _fields(compact.positions, compact.shape[1] // 4)
 
 
+def random_24(outputs: int, inputs: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A random 2:4 weight; ShearlingError where groups of four do not fill the inputs."""
+    if inputs % 4:
+        raise ShearlingError(f"shape {outputs} x {inputs}: inputs must be a multiple of 4 to be 2:4")
+    generator = torch.Generator(device).manual_seed(0)
+    weight_OG4 = torch.randn(outputs, inputs // 4, 4, generator=generator, device=device) / inputs**0.5
+    least_OG2 = weight_OG4.abs().topk(2, largest=False).indices
+    return weight_OG4.scatter_(2, least_OG2, 0.0).flatten(1).to(dtype)
+
+
 def _field(pattern: int) -> int:
     """For the places of a group that hold a weight, a bit each: where the two that stay are; -1 for three or more."""
     places = [place for place in range(4) if pattern >> place & 1]

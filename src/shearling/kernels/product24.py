@@ -328,10 +328,11 @@ def launch_of(
         assert up is None or (inner_MR is not None and inner_MR.shape == (tokens, up.rank)), "t must be given"
         assert up is None or up.rank % 8 == 0, up.rank
         widest_inner = STEP_UP * -(-up_steps // config.ranks)
-    turns, apart = config.warps // config.spread, config.spread * config.row_tiles * _ROWS + _APART
-    shared = 32 + max(tokens * (widest + _PAD) * 2, turns * tokens * apart * 4 if turns > 1 else 0) + tokens * apart * 4
+    turns, rows = config.warps // config.spread, config.spread * config.row_tiles * _ROWS
+    sums = tokens * (rows + _APART) * 4
+    shared = 32 + max(tokens * (widest + _PAD) * 2, turns * sums if turns > 1 else 0) + sums
     if config.ranks > 1:
-        shared += -(-tokens * (apart - _APART) // (4 * config.ranks)) * config.ranks * 16
+        shared += -(-tokens * rows // (4 * config.ranks)) * config.ranks * 16
     if up is not None:
         shared += tokens * (widest_inner + _PAD) * 2
     branch = _Branch(

@@ -1,10 +1,11 @@
 """Running 2:4 and 2:4 with 4-bit values where it is faster than dense, and dense where it is not."""
 
+from shearling.kernels.compact24 import random_24
 from shearling.runtime.accelerate import Accelerated, accelerate_
 from shearling.runtime.linear import Route, RoutedLinear
 from shearling.runtime.paths import COPIES, Branch, Path, branch_of, copy_of, decompressed, paths, product
-from shearling.runtime.table import TOKENS, Key, Table, cached_table, measure_table, random_24, table_file
-from shearling.runtime.timing import Timing, timed
+from shearling.runtime.table import TOKENS, Key, Table, cached_table, measure_table, table_file
+from shearling.runtime.timing import Timing
 
 __all__ = [
     "COPIES",
@@ -27,5 +28,4 @@ __all__ = [
     "product",
     "random_24",
     "table_file",
-    "timed",
 ]

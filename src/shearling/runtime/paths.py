@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shearling.errors import ShearlingError
-from shearling.kernels.compact24 import Compact24, Compact24Int4, pack24, pack24_int4, unpack24, unpack24_int4
+from shearling.kernels.compact24 import (
+    Compact24,
+    Compact24Int4,
+    pack24,
+    pack24_int4,
+    random_24,
+    unpack24,
+    unpack24_int4,
+)
 from shearling.kernels.expand24 import DTYPES as MASKED_DTYPES
 from shearling.kernels.expand24 import TOKENS as MASKED_TOKENS
 from shearling.kernels.expand24 import Masked24, inflated, masked24, masked_product
@@ -172,10 +180,8 @@ def _algorithms(outputs: int, inputs: int, tokens: int, like: Tensor) -> tuple[t
 
     None where it cannot be used. The search multiplies random values: of zeros a GPU makes more at the same power.
     """
-    values = {"dtype": like.dtype, "device": like.device}
-    weight_OI = torch.randn(outputs, inputs, **values)
-    weight_OI.view(-1, 4)[:, 2:] = 0
-    x_MI = torch.randn(_padded(tokens), inputs, **values)
+    weight_OI = random_24(outputs, inputs, like.dtype, like.device)
+    x_MI = torch.randn(_padded(tokens), inputs, dtype=like.dtype, device=like.device)
     try:
         found = _preferred(torch._cslt_compress(weight_OI), x_MI.T)  # pyrefly: ignore[missing-attribute]
     except RuntimeError:

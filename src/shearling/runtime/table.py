@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shearling.cache import cache_folder
 from shearling.errors import ShearlingError
+from shearling.kernels.compact24 import random_24
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.expand24 import obstacle as cpu_obstacle
 from shearling.kernels.nvrtc import obstacle
@@ -141,16 +142,6 @@ def measure_table(
     if kept:
         table.save(table_file(device))
     return table
-
-
-def random_24(outputs: int, inputs: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A random 2:4 weight; ShearlingError where groups of four do not fill the inputs."""
-    if inputs % 4:
-        raise ShearlingError(f"shape {outputs} x {inputs}: inputs must be a multiple of 4 to be 2:4")
-    generator = torch.Generator(device).manual_seed(0)
-    weight_OG4 = torch.randn(outputs, inputs // 4, 4, generator=generator, device=device) / inputs**0.5
-    least_OG2 = weight_OG4.abs().topk(2, largest=False).indices
-    return weight_OG4.scatter_(2, least_OG2, 0.0).flatten(1).to(dtype)
 
 
 def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | None) -> dict[Path, Timing]:

@@ -41,11 +41,6 @@ def cpu_rounds(size: int) -> int:
     return min(most, max(least, -(-CPU_TURNED_OVER // size)))
 
 
-def timed(steps: Sequence[Callable[[], object]], device: torch.device, replays: int = 100) -> Timing:
-    """Time of one of several steps, carried out one after another, as ``timed_ways`` takes it."""
-    return timed_ways({None: steps}, device, replays)[None]
-
-
 def timed_ways(
     ways: Mapping[Way, Sequence[Callable[[], object]]], device: torch.device, replays: int
 ) -> dict[Way, Timing]:
