@@ -4,8 +4,8 @@
 
 Weights are random. Ways come from the table that ``sparse_runtime.py --tune`` keeps, which gains what it lacks. Prefill
 and decoding are over a static cache, on a GPU as CUDA graphs, and the three models take turns; ``--compile`` has
-torch.compile make few kernels of all that lies between the linears. ``--layers`` is for fewer, ``--quick`` for a tiny
-model.
+torch.compile make few kernels of what lies between the linears (norms, rotary positions, the activation).
+``--layers`` is for fewer, ``--quick`` for a tiny model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from common import Rows
 from sparse_runtime import GROUP, table_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers.models.llama import modeling_llama
 
 from shearling.evaluate.decode import greedy_step
 from shearling.evaluate.speed import static_step
@@ -58,6 +59,14 @@ def accelerated(model: Any, table: Table, group: int, tokens: list[int], ways: l
     return accelerate_(model, table, int4=group or None, copies="fastest", tokens=tokens).bytes
 
 
+def compile_between_(model: Any) -> None:
+    """Compile what lies between the linears of a model; what knows the number of its layer would be compiled anew."""
+    for layer in model.model.layers:
+        for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            module.compile(dynamic=False)
+    model.model.norm.compile(dynamic=False)
+
+
 @torch.no_grad()
 def prefill(model: Any, ids_BT: Tensor) -> Callable[[], None]:
     """A step that reads a prompt."""
@@ -88,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--table", type=Path, help="file of measured ways, read and written")
-    parser.add_argument("--compile", action="store_true", help="the whole model by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="torch.compile between the linears")
     parser.add_argument("--ways", nargs="*", choices=sorted(COPIES), help="these alone, beside dense")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=2048)
@@ -100,6 +109,8 @@ def main() -> None:
     table, rows = table_of(args.table, device), Rows(COLUMNS, args.json)
     ids_BT = torch.randint(3, 96, (1, args.prompt), device=device)
     held, reading, writing = {}, {}, {}
+    if args.compile:
+        modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=False)
     for what, group in (("dense", None), ("2:4", 0), ("2:4 INT4", GROUP)):
         model = sparse(config_of(args.layers, args.quick), device)
         held[what] = sum(weight.nbytes for weight in block_weights(model).values())
@@ -107,11 +118,11 @@ def main() -> None:
             held[what] = accelerated(model, table, group, [1, args.prompt], args.ways)
             if args.table is not None:
                 table.save(args.table)
+        if args.compile:
+            compile_between_(model)
         reading[what] = [prefill(model, ids_BT)]
         # those that warm up and are captured, too
         writing[what] = [decoding(model, ids_BT, 16 + args.generate)]
-        if args.compile:
-            model.forward = torch.compile(model.forward, dynamic=False)
     read = timed_ways(reading, device, 3 if args.quick else 10)
     wrote = timed_ways(writing, device, args.generate)
     for part, count, found in (("prefill", args.prompt, read), ("decode", 1, wrote)):

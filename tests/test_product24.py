@@ -22,6 +22,7 @@ from shearling.kernels.product24 import (
     configs,
     dense24,
     fragments_of,
+    in_8_bits,
     launch_of,
     product24,
     unpack_arguments,
@@ -38,25 +39,29 @@ needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or obstacle(torch.device("cuda", 0)) is not None, reason="needs a Hopper GPU"
 )
 
-#: outputs, inputs, tokens, group (0: bfloat16), branch (None, given, or block), 8 bits, how
+#: outputs, inputs, tokens, group (0: bfloat16), branch (None, given, or inputs that are summed up), 8 bits, how
 CASES = [
     (16, 64, 1, 0, None, False, Config(1, 1, 1, 1, 1)),
     (40, 200, 3, 0, None, False, Config(2, 2, 1, 1, 1)),
     (32, 512, 8, 0, None, False, Config(1, 2, 1, 2, 2)),
     (16, 384, 11, 0, None, False, Config(1, 2, 1, 2, 3)),
     (16, 640, 2, 0, "given", False, Config(1, 2, 1, 2, 2)),
-    (24, 1040, 2, 0, "block", False, Config(1, 2, 1, 3, 2)),
-    (16, 1024, 1, 0, "block", True, Config(1, 2, 1, 2, 2)),
+    (24, 1040, 2, 0, 16, False, Config(1, 2, 1, 3, 2)),
+    (16, 1024, 1, 0, 16, True, Config(1, 2, 1, 2, 2)),
     (16, 128, 1, 128, None, False, Config(1, 1, 1, 1, 1)),
     (40, 384, 9, 128, None, False, Config(2, 2, 1, 1, 1)),
     (16, 576, 2, 64, None, False, Config(1, 2, 1, 2, 2)),
     (16, 256, 1, 32, "given", True, Config(1, 2, 1, 1, 1)),
-    (16, 1152, 2, 128, "block", True, Config(1, 2, 1, 2, 2)),
+    (16, 1152, 2, 128, 16, True, Config(1, 2, 1, 2, 2)),
     (40, 320, 3, 0, None, False, Config(1, 2, 2, 2, 1)),
-    (72, 640, 11, 0, "block", False, Config(1, 4, 2, 1, 3)),
+    (72, 640, 11, 0, 16, False, Config(1, 4, 2, 1, 3)),
     (64, 512, 9, 0, "given", True, Config(2, 2, 2, 2, 2)),
-    (96, 1408, 1, 0, "block", True, Config(1, 2, 2, 2, 4)),
-    (72, 640, 10, 128, "block", False, Config(2, 4, 2, 1, 2)),
+    (96, 1408, 1, 0, 16, True, Config(1, 2, 2, 2, 4)),
+    (32, 1152, 2, 0, 64, False, Config(1, 2, 1, 2, 2)),
+    (40, 768, 3, 128, 8, True, Config(2, 2, 1, 2, 2)),
+    (32, 1024, 9, 128, 32, False, Config(1, 4, 2, 3, 4)),
+    (48, 512, 9, 128, "given", True, Config(1, 2, 1, 2, 2)),
+    (72, 640, 10, 128, 16, False, Config(2, 4, 2, 1, 2)),
     (48, 768, 17, 64, "given", False, Config(1, 2, 2, 1, 2)),
 ]
 LARGE = [(4096, 4096), (1024, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (576, 1536)]
@@ -81,13 +86,14 @@ def case(outputs, inputs, tokens, group, branch, eight_bits, device="cpu"):
     size = x.double().abs() @ exact.abs().T + bias.double().abs()
     up = inner = None
     if branch:
-        block, rank = (16, inputs // 16) if branch == "block" else (0, 24)
+        block, rank = (branch, inputs // branch) if branch != "given" else (0, 24)
         matrix = normal(outputs, rank).bfloat16()
         up = up_fragments(matrix.to(device), block=block, eight_bits=eight_bits)
         if eight_bits:
             # as they are stored
-            matrix = (matrix / up.scales[:, None].cpu()).round().double() * up.scales[:, None].double().cpu()
-        t = x.double().unflatten(1, (-1, 16)).sum(-1) if block else normal(tokens, rank).bfloat16().double()
+            codes, scales = in_8_bits(matrix)
+            matrix = (codes * scales[:, None]).bfloat16()
+        t = x.double().unflatten(1, (-1, block)).sum(-1) if block else normal(tokens, rank).bfloat16().double()
         inner = None if block else t.bfloat16().to(device)
         y += t @ matrix.double().T
         # t is rounded to bfloat16
@@ -211,7 +217,7 @@ def test_small_products_on_a_gpu(given):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("group", [0, 128])
-@pytest.mark.parametrize("branch", [None, "block", "given"])
+@pytest.mark.parametrize("branch", [None, 16, "given"])
 @pytest.mark.parametrize("tokens", [1, 8, 16, 32])
 @pytest.mark.parametrize("shape", LARGE)
 def test_every_way_on_a_gpu(shape, tokens, branch, group):
@@ -224,7 +230,7 @@ def test_every_way_on_a_gpu(shape, tokens, branch, group):
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("branch", [None, "block", "given"])
+@pytest.mark.parametrize("branch", [None, 16, "given"])
 def test_products_compile_whole_on_a_gpu(branch):
     x, compact, up, inner, bias, *_ = case(512, 1024, 3, 0, branch, False, "cuda")
     weight = fragments_of(compact)

@@ -8,9 +8,11 @@
 //
 // No header is needed. What is of this machine alone stands first, so that the rest also compiles as plain C++.
 //
+// S comes after the inputs, in steps of its own: what is loaded of it takes turns, and registers, with the weights.
+//
 // Macros: INT4 (0: bfloat16 values; 1: 4-bit codes), GROUP (inputs of a scale), ROW_TILES, WARPS, SPREAD, TOKEN_TILES
 // (of 8), STEPS (loads in flight, in steps), RANKS (blocks of a cluster), BLOCKS (a multiprocessor holds at least so
-// many), BRANCH (0 none, 1: t is given, 2: t is the sum of every BLOCK inputs), UP8 (S in 8 bits), EARLY (starts before
+// many), BRANCH (0 none, 1: t is given, 2: t is the sum of every SUM inputs), UP8 (S in 8 bits), EARLY (starts before
 // the kernel before it has ended).
 
 typedef unsigned int u32;
@@ -44,11 +46,21 @@ DEVICE void send(const Quad* shared, const Quad& q, u64* inbox, u32 rank) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];"
                  ::"r"(there), "r"(q.at[0]), "r"(q.at[1]), "r"(q.at[2]), "r"(q.at[3]), "r"(box) : "memory");
 }
-DEVICE void wait_for_inbox(u64* inbox) {
+// Where every warp of the block says once that it has done its part.
+DEVICE void make_gathering(u64* gathering, u32 warps) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(gathering)), "r"(warps) : "memory");
+}
+DEVICE void warp_is_done(u64* gathering) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(gathering)) : "memory");
+}
+// until the inbox is full, or all warps are done
+DEVICE void wait_for(u64* barrier) {
     u32 full;
     do {
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(full) : "r"(address_of(inbox)) : "memory");
+                     : "=r"(full) : "r"(address_of(barrier)) : "memory");
     } while (!full);
 }
 DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -119,8 +131,8 @@ constexpr int STEP_INPUTS = 64;
 constexpr int TILES = STEP_INPUTS / 32;
 // a pair of bfloat16 rows must not meet in one bank
 constexpr int PAD = 8;
-// so many of the rank in one turn
-constexpr int BRANCH_STEP = 32;
+// so much of the rank in a step: what fits where a step's weights are
+constexpr int BRANCH_STEP = INT4 && !UP8 ? 16 : 32;
 // two sums in turn where there are few, or products would wait for each other
 constexpr int CHAINS = ROW_TILES * TOKEN_TILES >= 4 || INT4 ? 1 : 2;
 // warps that share outputs
@@ -224,40 +236,61 @@ DEVICE void multiply(Sums (&sums)[CHAINS], Sums& part, const Step& step, const u
 }
 
 #if BRANCH
-// ROW_TILES * 16 outputs and BRANCH_STEP of the rank.
-struct Up {
-    Quad values[ROW_TILES][UP8 ? 1 : 2];
-};
-
-DEVICE void fetch_up(Up& step, const Quad* up, int row_tiles, int up_steps, int row_tile, int at, int lane) {
-    constexpr int QUADS = UP8 ? 1 : 2;
+// A step of S: values, or codes and, as rows g and g + 8 have them, the scales of outputs.
+DEVICE void fetch_up(Step& step, const Quad* up, const u32* scales, int row_tiles, int up_steps, int row_tile, int at, int lane) {
+    constexpr int QUADS = UP8 || INT4 ? 1 : 2;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
         int tile = row_tile + r < row_tiles ? row_tile + r : row_tiles - 1;
-#pragma unroll
-        for (int q = 0; q < QUADS; ++q)
-            step.values[r][q] = stream16(up + (((u64)tile * up_steps + at) * QUADS + q) * 32 + lane);
+        const Quad* from = up + ((u64)tile * up_steps + at) * QUADS * 32 + lane;
+#if INT4
+        step.codes[r] = stream16(from);
+#if UP8
+        step.scales[r][0] = stream4(scales + tile * 8 + lane / 4);
+#endif
+#else
+        step.values[r][0] = stream16(from);
+#if UP8
+        step.places[r] = stream4(scales + tile * 8 + lane / 4);
+#else
+        step.values[r][1] = stream16(from + 32);
+#endif
+#endif
     }
 }
 
-DEVICE void multiply_up(Sums& sums, const Up& step, const u32 (&at)[TOKEN_TILES], const u32 (&move)[TOKEN_TILES], int local) {
+DEVICE void multiply_up(Sums& sums, const Step& step, const u32 (&at)[TOKEN_TILES], const u32 (&move)[TOKEN_TILES], int local) {
     u32 tokens[TOKEN_TILES][4];
 #pragma unroll
-    for (int n = 0; n < TOKEN_TILES; ++n) load_matrices(tokens[n], at[n] + (u32)local * move[n]);
+    for (int n = 0; n < TOKEN_TILES; ++n) {
+        load_matrices(tokens[n], at[n] + (u32)(local * BRANCH_STEP / 32) * move[n]);
+        // of four matrices a step of 16 has two
+        if (BRANCH_STEP == 16 && local % 2) tokens[n][0] = tokens[n][2], tokens[n][1] = tokens[n][3];
+    }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < BRANCH_STEP / 16; ++half) {
+#if INT4
+            const Quad& quad = step.codes[r];
+#else
+            const Quad& quad = step.values[r][UP8 ? 0 : half];
+#endif
             u32 a[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
 #if UP8
-                u32 pair = step.values[r][0].at[half * 2 + i / 2] >> (16 * (i % 2));
-                // exact: 8 bits are a bfloat16's
-                a[i] = rounded_pair(bits_as_float(0x4b000000u | (pair & 255u)) - 8388736.f,
-                                    bits_as_float(0x4b000000u | (pair >> 8 & 255u)) - 8388736.f);
+#if INT4
+                const u32 scales = step.scales[r][0];
 #else
-                a[i] = step.values[r][half].at[i];
+                const u32 scales = step.places[r];
+#endif
+                const u32 pair = quad.at[half * 2 + i / 2] >> (16 * (i % 2));
+                const float scale = i % 2 ? high_half(scales) : low_half(scales);
+                a[i] = rounded_pair((bits_as_float(0x4b000000u | (pair & 255u)) - 8388736.f) * scale,
+                                    (bits_as_float(0x4b000000u | (pair >> 8 & 255u)) - 8388736.f) * scale);
+#else
+                a[i] = quad.at[i];
 #endif
             }
 #pragma unroll
@@ -268,11 +301,10 @@ DEVICE void multiply_up(Sums& sums, const Up& step, const u32 (&at)[TOKEN_TILES]
 
 struct Branch {
     const Quad* up;
-    const float* up_scales;
+    const u32* up_scales;
     const u16* inner;
     int rank;
     int steps;
-    int block;
 };
 
 // Where a thread finds the tokens of operand B in shared memory, and how far it goes from tile to tile: tokens that are
@@ -296,16 +328,17 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     const int rank = block_y();
     const int begin = rank * w.steps / RANKS, end = (rank + 1) * w.steps / RANKS;
 
-    // zeros, the inbox' barrier, tokens (later the sums of each turn), the branch's tokens, the block's sums, the inbox
+    // zeros, barriers, tokens (later the sums of each turn), the branch's tokens (later the block's sums), the inbox
     Quad* zeros = shared_memory;
-    u64* inbox = (u64*)(shared_memory + 1);
+    u64 *inbox = (u64*)(shared_memory + 1), *gathering = inbox + 1;
     u16* rows = (u16*)(shared_memory + 2);
     const int stride = widest + PAD;
     const int of_tokens = tokens * stride * 2, of_turns = TURNS > 1 ? TURNS * tokens * APART * 4 : 0;
-    u16* inner = rows + (of_tokens > of_turns ? of_tokens : of_turns) / 2;
+    float* total = (float*)((char*)rows + (of_tokens > of_turns ? of_tokens : of_turns));
+    u16* inner = (u16*)total;
     const int inner_stride = widest_inner + PAD;
-    float* total = (float*)(inner + (BRANCH ? tokens * inner_stride : 0));
-    Quad* came = (Quad*)(total + tokens * APART);
+    const int of_total = tokens * APART * 4, of_inner = BRANCH ? tokens * inner_stride * 2 : 0;
+    Quad* came = (Quad*)((char*)total + (of_total > of_inner ? of_total : of_inner));
     // four outputs at a time, of which every rank adds up a part
     const int fours = tokens * (ROWS / 4), share = (fours + RANKS - 1) / RANKS;
     const int own_first = rank * share, own_end = own_first + share < fours ? own_first + share : fours;
@@ -313,24 +346,30 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
         if (thread == 0) make_inbox(inbox, own_end > own_first ? (own_end - own_first) * RANKS * 16 : 0);
         cluster_arrive();
     }
+    if (BRANCH == 2 && thread == 0) make_gathering(gathering, WARPS);
 
+    const int from = begin * STEP_INPUTS, width = (end - begin) * STEP_INPUTS;
+    const int of_inputs = end - begin;
+#if BRANCH
+    // of sums, all that its inputs have a part in
+    const int up_begin = BRANCH == 2 ? from / (SUM * BRANCH_STEP) : rank * branch.steps / RANKS;
+    const int up_last = BRANCH == 2 ? (from + width + SUM * BRANCH_STEP - 1) / (SUM * BRANCH_STEP) : (rank + 1) * branch.steps / RANKS;
+    const int all = of_inputs + (up_last < branch.steps ? up_last : branch.steps) - up_begin;
+#else
+    const int all = of_inputs;
+#endif
+    const auto fetch_any = [&](Step& step, int now) {
+#if BRANCH
+        if (now >= of_inputs)
+            fetch_up(step, branch.up, branch.up_scales, w.row_tiles, branch.steps, row_tile, up_begin + now - of_inputs, lane);
+        else
+#endif
+            fetch(step, w, row_tile, begin + now, lane);
+    };
     Step steps[STEPS];
-    const int first = begin + turn;
 #pragma unroll
     for (int i = 0; i < STEPS; ++i)
-        if (first + i * TURNS < end) fetch(steps[i], w, row_tile, first + i * TURNS, lane);
-    const int from = begin * STEP_INPUTS, width = (end - begin) * STEP_INPUTS;
-#if BRANCH
-    // of block sums, all that its inputs have a part in
-    const int of_step = branch.block * BRANCH_STEP;
-    const int up_begin = BRANCH == 2 ? from / of_step : rank * branch.steps / RANKS;
-    const int up_last = BRANCH == 2 ? (from + width + of_step - 1) / of_step : (rank + 1) * branch.steps / RANKS;
-    const int up_end = up_last < branch.steps ? up_last : branch.steps;
-    Up up;
-    // those that come last, so that warps with one step fewer have them
-    int up_now = up_begin + (TURNS - 1 - turn);
-    if (up_now < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, up_now, lane);
-#endif
+        if (turn + i * TURNS < all) fetch_any(steps[i], turn + i * TURNS);
     if (EARLY) {
         let_next_kernel_start();
         wait_for_kernel_before();
@@ -342,8 +381,10 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
         const bool there = from + c < inputs;
         copy16((Quad*)(rows + m * stride + c), (const Quad*)(x + (there ? (u64)m * inputs + from + c : 0)), there);
     }
+#if BRANCH
+    const int inner_width = (all - of_inputs) * BRANCH_STEP;
+#endif
 #if BRANCH == 1
-    const int inner_width = (up_end - up_begin) * BRANCH_STEP;
     for (int i = thread; i < tokens * (inner_width / 8); i += WARPS * 32) {
         const int m = i / (inner_width / 8), c = i % (inner_width / 8) * 8, at = up_begin * BRANCH_STEP + c;
         const bool there = at < branch.rank;
@@ -353,52 +394,42 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     wait_for_copies();
     block_sync();
 #if BRANCH == 2
-    const int inner_width = (up_end - up_begin) * BRANCH_STEP;
     for (int i = thread; i < tokens * inner_width; i += WARPS * 32) {
-        const int m = i / inner_width, c = i % inner_width;
+        const int m = i / inner_width, c = i % inner_width, start = (up_begin * BRANCH_STEP + c) * SUM - from;
         float sum = 0.f;
-        for (int at = (up_begin * BRANCH_STEP + c) * branch.block - from, to = at + branch.block; at < to; at += 8)
-            if (at >= 0 && at < width) {
-                Quad q = *(const Quad*)(rows + m * stride + at);
+        // steps of inputs hold whole sums
+        if (start >= 0 && start < width)
+#pragma unroll
+            for (int k = 0; k < SUM / 8; ++k) {
+                Quad q = ((const Quad*)(rows + m * stride + start))[k];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sum += low_half(q.at[j]) + high_half(q.at[j]);
             }
         inner[m * inner_stride + c] = (u16)rounded_pair(sum, 0.f);
     }
-    block_sync();
+    // nobody waits here: sums are needed last
+    warp_is_done(gathering);
 #endif
 
     Sums sums[CHAINS] = {}, part;
     u32 at[TOKEN_TILES], move[TOKEN_TILES];
     operand_places(at, move, rows, stride, zeros, tokens, lane);
-#if BRANCH
-    u32 inner_at[TOKEN_TILES], inner_move[TOKEN_TILES];
-    operand_places(inner_at, inner_move, inner, inner_stride, zeros, tokens, lane);
-#if UP8
-    Sums added = {};
-#else
-    Sums& added = sums[0];
-#endif
-    const auto branch_step = [&] {
-        multiply_up(added, up, inner_at, inner_move, up_now - up_begin);
-        up_now += TURNS;
-        if (up_now < up_end) fetch_up(up, branch.up, w.row_tiles, branch.steps, row_tile, up_now, lane);
-    };
-#endif
-    for (int base = first; base < end; base += STEPS * TURNS) {
+    for (int base = turn; base < all; base += STEPS * TURNS) {
 #pragma unroll
         for (int i = 0; i < STEPS; ++i) {
             const int now = base + i * TURNS;
-            if (now < end) multiply<0>(sums, part, steps[i], at, move, now - begin);
-            if (now + STEPS * TURNS < end) fetch(steps[i], w, row_tile, now + STEPS * TURNS, lane);
+#if BRANCH
+            if (now >= of_inputs && now < all) {
+                u32 inner_at[TOKEN_TILES], inner_move[TOKEN_TILES];
+                operand_places(inner_at, inner_move, inner, inner_stride, zeros, tokens, lane);
+                if (BRANCH == 2) wait_for(gathering);
+                multiply_up(sums[0], steps[i], inner_at, inner_move, now - of_inputs);
+            } else
+#endif
+            if (now < all) multiply<0>(sums, part, steps[i], at, move, now);
+            if (now + STEPS * TURNS < all) fetch_any(steps[i], now + STEPS * TURNS);
         }
-#if BRANCH
-        if (up_now < up_end) branch_step();
-#endif
     }
-#if BRANCH
-    while (up_now < up_end) branch_step();
-#endif
 #pragma unroll
     for (int chain = 1; chain < CHAINS; ++chain)
 #pragma unroll
@@ -407,21 +438,9 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             for (int n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sums[0][r][n][i] += sums[chain][r][n][i];
-#if BRANCH && UP8
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-        const int row = (row_tile + r) * 16 + lane / 4;
-        const float low = row < outputs ? branch.up_scales[row] : 1.f;
-        const float high = row + 8 < outputs ? branch.up_scales[row + 8] : 1.f;
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[0][r][n][i] += added[r][n][i] * (i < 2 ? low : high);
-    }
-#endif
 
-    // tokens in shared memory are no longer read where turns meet
-    if (TURNS > 1) block_sync();
+    // tokens in shared memory are no longer read where sums meet
+    if (TURNS > 1 || BRANCH) block_sync();
     float* meet = TURNS > 1 ? (float*)rows + turn * tokens * APART : total;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
@@ -449,7 +468,7 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             const Quad* four = (const Quad*)(total + i / (ROWS / 4) * APART) + i % (ROWS / 4);
             send(came + own_first + i % share, *four, inbox, i / share);
         }
-        wait_for_inbox(inbox);
+        wait_for(inbox);
     }
     for (int i = own_first + thread; i < own_end; i += WARPS * 32) {
         const int token = i / (ROWS / 4), o = i % (ROWS / 4), row = block_x() * ROWS + o * 4;

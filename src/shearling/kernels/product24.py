@@ -29,6 +29,8 @@ TOKENS = 32
 STEP, STEP_INT4, STEP_UP = 64, 128, 32
 #: inputs that share a scale: steps hold whole groups
 GROUPS = (32, 64, 128)
+#: inputs that a branch may sum up: steps hold whole sums
+SUMS = (8, 16, 32, 64)
 #: a field of positions 0 and 1, for groups that are not there
 _NOWHERE = 4
 _ROWS, _PAD, _APART, _REGISTERS, _SHARED = 16, 8, 4, 65536, 227 * 1024
@@ -38,11 +40,13 @@ _SHAPES = (
     *((1, 8, 1, 4), (1, 8, 1, 8), (2, 4, 1, 4), (2, 8, 1, 4), (4, 4, 1, 2), (4, 8, 1, 2)),
     *((1, 8, 2, 4), (2, 8, 2, 4), (2, 4, 2, 4), (1, 8, 4, 8), (2, 8, 4, 4), (4, 8, 2, 2), (4, 8, 4, 2)),
     *((1, 8, 8, 8), (2, 4, 4, 4), (2, 8, 8, 4), (4, 4, 4, 2), (4, 8, 8, 2)),
+    *((2, 2, 2, 4), (1, 4, 4, 8), (2, 4, 4, 8), (4, 2, 2, 2)),
 )
 _SHAPES_INT4 = (
     *((1, 8, 1, 2), (1, 4, 1, 4), (2, 4, 1, 4), (2, 8, 1, 2), (4, 4, 1, 2), (4, 8, 1, 1)),
     *((1, 8, 2, 4), (2, 8, 2, 2), (2, 4, 2, 4), (1, 8, 4, 4), (2, 8, 4, 4), (4, 8, 2, 2), (4, 8, 4, 2)),
     *((1, 8, 8, 4), (2, 4, 4, 4), (2, 8, 8, 4), (4, 4, 4, 2), (4, 8, 8, 2)),
+    *((2, 2, 2, 4), (2, 4, 4, 8), (4, 2, 2, 2), (4, 4, 4, 4)),
 )
 _SOURCE = "product24.cu"
 
@@ -73,9 +77,10 @@ class Fragments(NamedTuple):
 
 
 class Up(NamedTuple):
-    """S of a branch y += S t as tensor cores take it: ``values`` (int32) of bfloat16, or of 8 bits with ``scales`` [O].
+    """S of a branch y += S t as tensor cores take it: ``values`` (int32) of bfloat16, or of 8 bits with ``scales``.
 
-    ``block`` is 0 where t is given; else t are the sums of every so many inputs, which the kernel adds up itself.
+    Those are [R, 1, 8] pairs of bfloat16 of rows eight apart. ``block`` is 0 where t is given; else t are the sums of
+    every so many inputs, one of ``SUMS``, which the kernel adds up itself.
     """
 
     values: Tensor
@@ -133,11 +138,12 @@ def fragments_of(weight: Compact24 | Compact24Int4) -> Fragments:
 
 def up_fragments(up_OR: Tensor, *, block: int = 0, eight_bits: bool = False) -> Up:
     """S [O, R] of a branch as fragments, in bfloat16 or rounded to 8 bits with a scale for every output."""
-    assert block % 8 == 0, f"blocks of {block} inputs: the kernel adds up eight at a time"
+    assert not block or block in SUMS, f"sums of {block} inputs"
     outputs, rank = up_OR.shape
     scales = None
     if eight_bits:
-        codes_OR, scales = in_8_bits(up_OR)
+        codes_OR, scales_O = in_8_bits(up_OR)
+        scales = _scales(scales_O[:, None], 1)
         up_OR = (codes_OR + 128).to(torch.uint8)
     else:
         up_OR = up_OR.bfloat16()
@@ -151,9 +157,10 @@ def up_fragments(up_OR: Tensor, *, block: int = 0, eight_bits: bool = False) -> 
 
 
 def in_8_bits(up_OR: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127 to 127 (float32) of S [O, R] and the scale of every output, [O]."""
-    scales = (up_OR.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return (up_OR.float() / scales[:, None]).round(), scales
+    """Codes -127 to 127 (float32) of S [O, R] and the scale of every output, [O], in bfloat16."""
+    scales = (up_OR.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
+    # a scale that was rounded down would lead beyond
+    return (up_OR.float() / scales[:, None].float()).round().clamp(-127, 127), scales
 
 
 def configs(outputs: int, inputs: int, tokens: int, int4: bool) -> tuple[Config, ...]:
@@ -320,28 +327,28 @@ def launch_of(
     starts = [rank * steps // config.ranks * step for rank in range(config.ranks + 1)]
     pairs = list(itertools.pairwise(starts))
     widest = max(end - start for start, end in pairs)
-    up_steps = 0 if up is None else -(-up.rank // STEP_UP)
+    # beside 4 bits the registers of a step hold half as much of S
+    step_up = STEP_UP // 2 if weight.group and up is not None and up.scales is None else STEP_UP
+    up_steps = 0 if up is None else -(-up.rank // STEP_UP) * STEP_UP // step_up
     if up is not None and up.block:
-        of_step = STEP_UP * up.block
-        widest_inner = STEP_UP * max(-(-end // of_step) - start // of_step for start, end in pairs)
+        of_step = step_up * up.block
+        widest_inner = step_up * max(-(-end // of_step) - start // of_step for start, end in pairs)
     else:
         assert up is None or (inner_MR is not None and inner_MR.shape == (tokens, up.rank)), "t must be given"
         assert up is None or up.rank % 8 == 0, up.rank
-        widest_inner = STEP_UP * -(-up_steps // config.ranks)
+        widest_inner = step_up * -(-up_steps // config.ranks)
     turns, rows = config.warps // config.spread, config.spread * config.row_tiles * _ROWS
     sums = tokens * (rows + _APART) * 4
-    shared = 32 + max(tokens * (widest + _PAD) * 2, turns * sums if turns > 1 else 0) + sums
+    shared = 32 + max(tokens * (widest + _PAD) * 2, turns * sums if turns > 1 else 0)
+    shared += max(sums, 0 if up is None else tokens * (widest_inner + _PAD) * 2)
     if config.ranks > 1:
         shared += -(-tokens * rows // (4 * config.ranks)) * config.ranks * 16
-    if up is not None:
-        shared += tokens * (widest_inner + _PAD) * 2
     branch = _Branch(
         _at(None if up is None else up.values),
         _at(None if up is None else up.scales),
         _at(inner_MR),
         0 if up is None else up.rank,
         up_steps,
-        0 if up is None else up.block,
     )
     numbers = (tokens, weight.outputs, inputs, widest, widest_inner)
     return Launch(
@@ -379,7 +386,6 @@ class _Branch(ctypes.Structure):
         ("inner", ctypes.c_void_p),
         ("rank", ctypes.c_int),
         ("steps", ctypes.c_int),
-        ("block", ctypes.c_int),
     ]
 
 
@@ -396,9 +402,9 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _macros(weight: Fragments, config: Config, tokens: int, up: Up | None) -> dict[str, int]:
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    # what a thread holds: loads under way, two sums, a step of a branch, and what counting takes, and unpacking codes
+    # what a thread holds: loads under way, two sums, and what counting takes, and unpacking codes
     step, count = (7, 40) if weight.group else (9, 24)
-    held = config.row_tiles * (config.steps * step + token_tiles * 8 + (8 if up is not None else 0))
+    held = config.row_tiles * (config.steps * step + token_tiles * 8)
     held += 4 * token_tiles + count
     threads = 32 * config.warps
     return {
@@ -412,6 +418,7 @@ def _macros(weight: Fragments, config: Config, tokens: int, up: Up | None) -> di
         "RANKS": config.ranks,
         "BLOCKS": max(1, min(2048 // threads, _REGISTERS // (threads * -(-held // 8) * 8))),
         "BRANCH": 0 if up is None else 2 if up.block else 1,
+        "SUM": up.block if up is not None and up.block else STEP,
         "UP8": int(up is not None and up.scales is not None),
         "EARLY": int(config.early),
     }

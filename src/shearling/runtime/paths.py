@@ -26,6 +26,7 @@ from shearling.kernels.expand24 import obstacle as cpu_obstacle
 from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import (
     GROUPS,
+    SUMS,
     Config,
     Fragments,
     Up,
@@ -135,7 +136,7 @@ def _block_of(down_RI: Tensor) -> int:
     """So many inputs does every row sum up, one row after another, in blocks that a kernel can take; 0 for others."""
     rank, inputs = down_RI.shape
     block = inputs // rank
-    if block * rank != inputs or block % 8 or block > 64:
+    if block * rank != inputs or block not in SUMS:
         return 0
     sums = torch.eye(rank, dtype=down_RI.dtype, device=down_RI.device).repeat_interleave(block, 1)
     return block if torch.equal(sums, down_RI) else 0
