@@ -27,7 +27,7 @@ from shearling.runtime.timing import Timing, cpu_rounds, rounds, timed_ways
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
 #: raised when ways or the meaning of their options change
-_VERSION = 3
+_VERSION = 4
 
 
 class Key(NamedTuple):
