@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from shearling.nn import GatedLayerNorm, GatedRMSNorm, HiddenGates
+from shearling.nn import GatedLayerNorm, GatedRMSNorm, HiddenGates, LoRABranch, OutputGates, wrap_
 from shearling.train import compiled
 from tests.tiny import FAMILIES, tiny_model, tiny_tokens
 
@@ -81,6 +81,42 @@ def test_layer_norm_without_weights() -> None:
     x = torch.randn(4, DIM)
     stock = nn.LayerNorm(DIM, elementwise_affine=False)
     torch.testing.assert_close(GatedLayerNorm(stock, torch.ones(DIM))(x), stock(x))
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_output_gates_multiply_all_that_a_linear_writes(family: str, branches: bool) -> None:
+    model = tiny_model(family)
+    path = {"llama": "model.layers.0.mlp.down_proj", "opt": "model.decoder.layers.0.fc2"}.get(
+        family, "transformer.h.0.mlp.c_proj"
+    )
+    stock = model.get_submodule(path)
+    if branches:
+        wrapped = wrap_(model, [path])[path]
+        branch = LoRABranch(48, 32, 2, 1.0)
+        nn.init.normal_(branch.up)
+        wrapped.branches.append(branch)
+        stock = wrapped
+    if stock.bias is not None:
+        nn.init.normal_(stock.bias)
+    torch.manual_seed(0)
+    x, z, scalar, above = torch.randn(2, 3, 48), torch.randn(32), torch.tensor(0.3), torch.randn(2, 3, 32)
+    z.requires_grad_(), scalar.requires_grad_()
+    plain = stock(x)
+    expected = plain * z * scalar
+    wanted = torch.autograd.grad(expected, [z, scalar, stock.weight], above)
+    first, second = OutputGates(model, {path: z}), OutputGates(model, {path: scalar})
+    for training in (False, True):
+        # in training branches are folded into the weight of so many rows
+        y = model.get_submodule(path).train(training)(x.repeat(20, 1, 1))[:2]
+        torch.testing.assert_close(y, expected)
+    for found, true in zip(torch.autograd.grad(y, [z, scalar, stock.weight], above), wanted, strict=True):
+        torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
+    first.remove()
+    torch.testing.assert_close(model.get_submodule(path)(x), plain * scalar)
+    first.remove(), second.remove()
+    assert torch.equal(model.get_submodule(path)(x), plain)
+    assert model.get_submodule(path).weight is stock.weight
 
 
 @pytest.mark.parametrize("family", FAMILIES)

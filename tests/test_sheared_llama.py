@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from shearling.anatomy import anatomy_of
+from shearling.captured import WARMUP
 from shearling.errors import ShearlingError
-from shearling.methods.hard_concrete import LIMIT, closed, sample
-from shearling.methods.sheared_llama import Shearing, ShearingPolicy, gate_shapes, penalty
+from shearling.methods import sheared_llama
+from shearling.methods.gate_step import GateStep, penalty
+from shearling.methods.hard_concrete import LIMIT, closed, sample, sparsity
+from shearling.methods.sheared_llama import Shearing, ShearingPolicy, gate_shapes
 from shearling.nn import EffectiveLinear
 from shearling.surgery import cut_
 from shearling.train import Distillation, Policy, TrainSettings, train
+from shearling.train.memory import training_memory
+from shearling.train.optimizers import Optimizers
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokens
 
 LENGTH = 16
@@ -186,6 +192,125 @@ def test_resumes_to_the_bit(tmp_path: Any, stop: int) -> None:
         assert torch.equal(policy.multipliers[space], other.multipliers[space])
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
+
+
+class Traced:
+    """Stands in for ``Captured``: what the fourth call does is repeated by the next ones, with none of its Python."""
+
+    def __init__(self, step: Any) -> None:
+        self.step, self.calls, self.graph = step, 0, None
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.graph is not None:
+            self.graph()
+        elif self.calls == WARMUP + 1:
+            # tracing carries the step out
+            self.graph = make_fx(lambda: self.step())()
+        else:
+            self.step()
+
+
+@pytest.mark.parametrize("kept", [{}, {"hidden": 16, "query_head": 1}, {"query_head": 1}], ids=str)
+def test_captured_gates_are_the_eager_ones_to_the_bit(monkeypatch: Any, kept: dict[str, int]) -> None:
+    settings = dataclasses.replace(SETTINGS, tokens=16 * 4 * LENGTH, validate_every=3)
+    made: list[Traced] = []
+
+    def traced(step: Any) -> Traced:
+        made.append(Traced(step))
+        return made[-1]
+
+    class Capturing(ShearingPolicy):
+        def attach(self, model: Any, settings: TrainSettings) -> None:
+            super().attach(model, dataclasses.replace(settings, capture=True))
+
+    def run(kind: type[ShearingPolicy]) -> Any:
+        model, events = tiny_model("llama"), []
+        policy = kind(anatomy_of(model.config), {**KEEP, **kept}, Shearing(binary=0.25))
+        policies = [Distillation(tiny_model("llama", seed=1)), policy]
+        result = train(model, windows(), policies, settings, validation=windows(2), on_event=events.append)
+        times = ("tokens_per_second", "eta_seconds", "flops_utilisation")
+        events = [{key: value for key, value in event.items() if key not in times} for event in events]
+        return model.state_dict(), policy, result.losses, result.edits, events
+
+    zero_grad = Optimizers.zero_grad
+    # as the loop does where a step is captured
+    monkeypatch.setattr(Optimizers, "zero_grad", lambda self, keep: zero_grad(self, keep=True))
+    eager = run(ShearingPolicy)
+    monkeypatch.setattr(sheared_llama, "Captured", traced)
+    captured = run(Capturing)
+    # four steps of sixteen are binary
+    assert [(step.calls, step.graph is not None) for step in made] == [(12, True), (12, True)]
+    assert eager[2:] == captured[2:]
+    for space, log_alpha in eager[1].log_alpha.items():
+        assert torch.equal(log_alpha, captured[1].log_alpha[space])
+        assert torch.equal(eager[1].multipliers[space], captured[1].multipliers[space])
+    for name, tensor in eager[0].items():
+        assert torch.equal(tensor, captured[0][name]), name
+
+
+def test_learned_gradients_are_those_of_the_formulas() -> None:
+    """Several spaces at once, against each by itself as the paper has it."""
+    shapes = {"layers": (3,), "kv_group": (3, 2), "query_head": (3, 2, 4), "ffn": (3, 5)}
+    torch.manual_seed(0)
+    for corrected in (True, False):
+        gates = GateStep(shapes, 4, corrected, torch.device("cpu"))
+        for tensor in (gates.log_alpha, gates.multipliers):
+            tensor.normal_()
+        gates.noise.uniform_()
+        gates.draw()
+        goals = {"layers": 0.1, "kv_group": 0.4, "query_head": 0.7, "ffn": 0.2}
+        gates.goals.copy_(torch.tensor([goal for space, goal in goals.items() for _ in range(gates.rows[space])]))
+        slopes = {kind: torch.randn(3, *gates.leaves[kind][0].shape) for kind in gates.leaves}
+        for kind, leaves in gates.leaves.items():
+            for leaf, slope in zip(leaves, slopes[kind], strict=True):
+                leaf.grad.copy_(slope)
+        gates.learn()
+        log_alpha = {k: a.clone().double().requires_grad_() for k, a in gates.parts(gates.log_alpha).items()}
+        multipliers = gates.multipliers.clone().double().requires_grad_()
+        z = {k: sample(a, gates.parts(gates.noise)[k].double()) for k, a in log_alpha.items()}
+        heads = (z["query_head"] * z["kv_group"][..., None]).flatten(1)
+        used = {"layers": z["layers"], "ffn": z["ffn"], "heads": heads}
+        loss = sum((used[kind] * slopes[kind].double()).sum() for kind in used)
+        lagrangian = 0
+        for (space, a), (first, second) in zip(log_alpha.items(), multipliers, strict=True):
+            off = sparsity(a, corrected=corrected) - goals[space]
+            lagrangian = lagrangian + (first * off + second * off**2).mean()
+        (loss + lagrangian).backward()
+        for kind, values in used.items():
+            torch.testing.assert_close(torch.stack(gates.leaves[kind]), values.float())
+        for space, slope in gates.parts(gates.slopes).items():
+            torch.testing.assert_close(slope, log_alpha[space].grad.float(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gates.multiplier_slopes, multipliers.grad.float(), atol=1e-6, rtol=1e-4)
+        assert gates.lagrangian.item() == pytest.approx(lagrangian.item(), abs=1e-5)
+        shares = [sparsity(a, corrected=corrected).mean().item() for a in log_alpha.values()]
+        assert gates.closed.tolist() == pytest.approx(shares, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_linears_come_back_where_gates_are_on_outputs_alone(family: str) -> None:
+    model = tiny_model(family)
+    modules = dict(model.named_modules())
+    policy = ShearingPolicy(anatomy_of(model.config), {"layers": 2, "hidden": 16}, Shearing())
+    train(model, windows(), [policy], dataclasses.replace(SETTINGS, tokens=4 * LENGTH))
+    assert all(module is modules[name] for name, module in model.named_modules())
+
+
+def test_a_compiled_block_keeps_no_more_with_gates_than_without() -> None:
+    settings = dataclasses.replace(SETTINGS, length=64, compile=True)
+    kept = []
+    for gated in (False, True):
+        activations = []
+        for layers in (2, 4):
+            torch.compiler.reset()
+            model = tiny_model("llama", num_hidden_layers=layers)
+            shapes = gate_shapes(anatomy_of(model.config))
+            keep = {space: shape[-1] - 1 for space, shape in shapes.items()}
+            policies = [ShearingPolicy(anatomy_of(model.config), keep, Shearing())] if gated else []
+            activations.append(training_memory(model, settings, policies, compute=torch.bfloat16).activations)
+        kept.append(activations[1] - activations[0])
+    # the gates themselves, and nothing as large as what a linear writes
+    assert kept[0] <= kept[1] < kept[0] + 2 * 2 * 64 * 32 * 2
 
 
 def test_counts_that_the_model_has_not() -> None:

@@ -25,8 +25,7 @@ EPS = 1e-6
 
 def sample(log_alpha: Tensor, noise: Tensor) -> Tensor:
     """z for noise drawn uniformly from (0, 1)."""
-    noise = noise.clamp(EPS, 1 - EPS)
-    smooth = torch.sigmoid((noise.log() - (-noise).log1p() + log_alpha) / BETA)
+    smooth = torch.sigmoid((noise.logit(EPS) + log_alpha) / BETA)
     return (smooth * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -35,13 +34,19 @@ def closed(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(BETA * math.log(-GAMMA / ZETA) - log_alpha).clamp(EPS, 1 - EPS)
 
 
-def sparsity(log_alpha: Tensor, *, corrected: bool = True) -> Tensor:
-    """Expected share of closed gates along the last axis; ``corrected`` so that it runs from 0 to 1."""
+#: q at the bounds of log-alpha
+_LOW, _HIGH = closed(torch.tensor([LIMIT, -LIMIT], dtype=torch.float64)).tolist()
+
+
+def share_closed(log_alpha: Tensor, *, corrected: bool = True) -> Tensor:
+    """What a gate counts of a closed one: q, ``corrected`` so that it runs from 0 to 1."""
     found = closed(log_alpha)
-    if corrected:
-        low, high = closed(torch.tensor([LIMIT, -LIMIT], dtype=log_alpha.dtype, device=log_alpha.device))
-        found = (found - low) / (high - low)
-    return found.mean(-1)
+    return (found - _LOW) / (_HIGH - _LOW) if corrected else found
+
+
+def sparsity(log_alpha: Tensor, *, corrected: bool = True) -> Tensor:
+    """Expected share of closed gates along the last axis."""
+    return share_closed(log_alpha, corrected=corrected).mean(-1)
 
 
 def settled(log_alpha: Tensor) -> Tensor:

@@ -9,9 +9,10 @@
 Weights and gates descend, the multipliers lam1 and lam2 ascend. A row is what one target count holds for: all layers,
 all hidden dimensions, the KV groups of a layer, the query heads of a group, the channels of a layer.
 
-Gates multiply weights where they can: a unit's gate the columns of the projection that it writes through, which is the
-same as its output. In the last share of the steps gates are 0 or 1, the target's count in every row, so that the cut
-model is the gated one; the release folds soft gates into the weights and cuts after that.
+Gates multiply weights where they can, which is the same and costs less: a unit's gate the columns of the projection
+that it writes through, those of a layer and of hidden dimensions its rows. In the last share of the steps gates are 0
+or 1, the target's count in every row, so that the cut model is the gated one; the release folds soft gates into the
+weights and cuts after that.
 
 The paper sums over layers and counts units; as in the release a row counts by its share, and rows are averaged.
 ``corrected`` is methods/hard_concrete.py's.
@@ -23,20 +24,23 @@ by their saliency; here gates may open again until the last share of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from shearling.anatomy import Anatomy
+from shearling.captured import Captured
 from shearling.errors import ShearlingError
-from shearling.methods.hard_concrete import LIMIT, most_open, sample, settled, sparsity
-from shearling.nn import HiddenGates, InputGate, unwrap_, wrap_
+from shearling.methods.gate_step import GateStep
+from shearling.methods.hard_concrete import LIMIT, most_open, settled, sparsity
+from shearling.nn import HiddenGates, InputGate, OutputGates, unwrap_, wrap_
 from shearling.plan import Edit, Structure
-from shearling.train import Policy, StepContext, TrainSettings, decay_groups, join
+from shearling.train import Policy, StepContext, TrainSettings, decay_groups
 
 #: log-alpha of an open gate at the start, and the noise on it (before the bound)
 START, SPREAD = 5.0, 0.01
@@ -85,28 +89,26 @@ class ShearingPolicy(Policy):
         self._model: Any = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks = ExitStack()
-        #: what multiplies, by kind and row: tensors that stay the same, whose gradients add up over a batch
-        self._leaves: dict[str, list[Any]] = {}
-        #: what is in them now, as it was drawn
-        self._drawn: dict[str, Tensor] = {}
+        self._gates: Any = None
+        self._captures = False
 
     def attach(self, model: Any, settings: TrainSettings) -> None:
         self._model = model
         self._validate_every, self._weight_decay = settings.validate_every, settings.weight_decay
+        self._captures = settings.capture
+        shape = self.anatomy.shapes[0]
+        shapes = {space: tuple(log_alpha.shape) for space, log_alpha in self.log_alpha.items()}
         device = next(model.parameters()).device
-        for parameters in (self.log_alpha, self.multipliers):
-            for space, parameter in parameters.items():
-                # anew: with data of another kind put into it, such as fake tensors, a parameter would end on meta
-                parameters[space] = nn.Parameter(parameter.detach().to(device))
-        for log_alpha in self.log_alpha.values():
+        self._gates = GateStep(shapes, shape.query_heads // shape.kv_heads, self.shearing.corrected, device)
+        for space, log_alpha in self._gates.parts(self._gates.log_alpha).items():
             # drawn on the CPU, so that a seed means the same on every device
             start = START + SPREAD * torch.randn(log_alpha.shape)
-            log_alpha.data.copy_(start.clamp_(-LIMIT, LIMIT))
-        ones = {space: torch.ones_like(log_alpha.detach()) for space, log_alpha in self.log_alpha.items()}
-        for kind, gates in self._by_kind(ones).items():
-            self._leaves[kind] = [row.clone().requires_grad_() for row in gates]
-        for leaf in self._all():
-            leaf.grad = torch.zeros_like(leaf)
+            log_alpha.copy_(start.clamp_(-LIMIT, LIMIT))
+            # anew: with data of another kind put into it, such as fake tensors, a parameter would end on meta
+            self.log_alpha[space] = nn.Parameter(log_alpha)
+        self.multipliers = {
+            space: nn.Parameter(pair) for space, pair in zip(shapes, self._gates.multipliers, strict=True)
+        }
         self._install(model)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -118,21 +120,20 @@ class ShearingPolicy(Policy):
             {"params": list(self.log_alpha.values()), "lr": rate},
             {"params": list(self.multipliers.values()), "lr": rate, "maximize": True},
         ]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        device = self._gates.log_alpha.device.type
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=device in ("cpu", "cuda"))
         return self._optimizer
 
     def capturable(self) -> bool:
         return True
 
     def begin_step(self, step: int, rng: torch.Generator) -> None:
-        if self.dead is None:
-            noise = {space: torch.rand(a.shape, generator=rng).to(a.device) for space, a in self.log_alpha.items()}
-            self._drawn = self._show({space: sample(a, noise[space]) for space, a in self.log_alpha.items()})
-        else:
-            self._drawn = self._show(self._binary())
-        torch._foreach_zero_(
-            [leaf.grad for leaves in self._leaves.values() for leaf in leaves if leaf.grad is not None]
-        )
+        if self.dead is not None:
+            self._gates.show(self._binary())
+            return
+        noise = self._gates.noise
+        noise.copy_(torch.rand(noise.shape, generator=rng, pin_memory=noise.is_cuda), non_blocking=True)
+        self._draw()
 
     def after_backward(self, ctx: StepContext) -> None:
         assert self._optimizer is not None
@@ -143,32 +144,38 @@ class ShearingPolicy(Policy):
                 # a gradient of zero would let them drift on
                 parameter.grad = None
             return
-        lagrangian = torch.zeros((), device=ctx.device)
-        for space, log_alpha in self.log_alpha.items():
-            share = sparsity(log_alpha, corrected=self.shearing.corrected)
-            goal = self.goal(space, ctx.step, ctx.total_steps)
-            lagrangian = lagrangian + penalty(share, goal, self.multipliers[space])
-            ctx.metrics |= {f"closed/{space}": share.detach().mean(), f"target/{space}": goal}
-            ctx.metrics |= {f"lambda{n + 1}/{space}": value for n, value in enumerate(self.multipliers[space].detach())}
+        gates = self._gates
+        goals = {space: self.goal(space, ctx.step, ctx.total_steps) for space in self.keep}
+        each = [goal for space, goal in goals.items() for _ in range(gates.rows[space])]
+        gates.goals.copy_(torch.tensor(each), non_blocking=True)
+        self._learn()
+        for space, slopes in gates.parts(gates.slopes).items():
+            self.log_alpha[space].grad = slopes
+        for multipliers, slopes in zip(self.multipliers.values(), gates.multiplier_slopes.unbind(), strict=True):
+            multipliers.grad = slopes
+        ctx.metrics |= self._metrics(goals)
+
+    def _metrics(self, goals: Mapping[str, float]) -> dict[str, float | Tensor]:
+        gates = self._gates
+        found: dict[str, float | Tensor] = {f"target/{space}": goal for space, goal in goals.items()}
+        found |= {f"closed/{space}": share for space, share in zip(goals, gates.closed.unbind(), strict=True)}
+        names = [f"lambda{number}/{space}" for space in goals for number in (1, 2)]
+        found |= dict(zip(names, gates.multipliers.flatten().unbind(), strict=True))
         if "layers" in self.log_alpha:
             # the one space whose gates are few enough to be followed one by one
-            gates = settled(self.log_alpha["layers"].detach())
-            ctx.metrics |= {f"layer/{number}": gate for number, gate in enumerate(gates)}
-        ctx.metrics["lagrangian"] = lagrangian.detach()
-        gradients = [torch.stack([leaf.grad for leaf in leaves]) for leaves in self._leaves.values()]
-        gradients = [join().mean_(gradient) for gradient in gradients]
-        torch.autograd.backward([*self._drawn.values(), lagrangian], [*gradients, torch.ones_like(lagrangian)])
+            layers = settled(self.log_alpha["layers"].detach()).unbind()
+            found |= {f"layer/{number}": gate for number, gate in enumerate(layers)}
+        return {**found, "lagrangian": gates.lagrangian}
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
-        for log_alpha in self.log_alpha.values():
-            log_alpha.clamp_(-LIMIT, LIMIT)
+        self._gates.log_alpha.clamp_(-LIMIT, LIMIT)
         done = ctx.step + 1
         if self.dead is None and done >= ctx.total_steps - max(1, round(self.shearing.binary * ctx.total_steps)):
             self.dead = {space: self._count_dead(space) for space in self.keep}
         ctx.metrics |= {f"dead/{space}": count for space, count in (self.dead or {}).items()}
         if done == ctx.total_steps or (self._validate_every and done % self._validate_every == 0):
-            self._show(self._expected())
+            self._gates.show(self._expected())
 
     def goal(self, space: str, step: int, steps: int) -> float:
         """t of a step."""
@@ -181,7 +188,9 @@ class ShearingPolicy(Policy):
     @torch.no_grad()
     def finalize(self) -> Sequence[Edit]:
         self._hooks.close()
-        self._model, self._optimizer, self._leaves, self._drawn = None, None, {}, {}
+        self._model, self._optimizer, self._gates = None, None, None
+        for name in ("_draw", "_learn"):
+            vars(self).pop(name, None)
         return [
             structure_of(self.anatomy, {space: most_open(a, self.keep[space]) for space, a in self.log_alpha.items()})
         ]
@@ -199,7 +208,7 @@ class ShearingPolicy(Policy):
 
     def _install(self, model: Any) -> None:
         """Let the gates multiply what they belong to."""
-        anatomy, leaves = self.anatomy, self._leaves
+        anatomy, leaves = self.anatomy, self._gates.leaves
         inputs = (("ffn", anatomy.family.ffn_output, 1), ("heads", anatomy.family.attention_output, anatomy.head_dim))
         paths = {
             anatomy.path(layer, linear): (gates, width)
@@ -211,16 +220,32 @@ class ShearingPolicy(Policy):
         self._hooks.callback(_drop_gates_, model, tuple(paths))
         for gates in leaves.get("hidden", ()):
             self._hooks.enter_context(HiddenGates(model, gates))
-        for layer, gates in enumerate(leaves.get("layers", ())):
-            for name in anatomy.family.branch_outputs:
-                module = model.get_submodule(anatomy.path(layer, name))
-                # on the module, so that torch compiles one hook for all
-                module.gate = gates
-                self._hooks.callback(delattr, module, "gate")
-                self._hooks.callback(module.register_forward_hook(_times_gate).remove)
+        branches = {
+            anatomy.path(layer, name): gates
+            for layer, gates in enumerate(leaves.get("layers", ()))
+            for name in anatomy.family.branch_outputs
+        }
+        if anatomy.family.output_norms:
+            for path, gates in branches.items():
+                self._gate_output(model.get_submodule(path), gates)
+        else:
+            self._hooks.callback(OutputGates(model, branches).remove)
 
-    def _all(self) -> list[Any]:
-        return [leaf for leaves in self._leaves.values() for leaf in leaves]
+    def _gate_output(self, module: Any, gate: Tensor) -> None:
+        """Let a gate multiply what a norm writes."""
+        # on the module, so that torch compiles one hook for all
+        module.gate = gate
+        self._hooks.callback(delattr, module, "gate")
+        self._hooks.callback(module.register_forward_hook(_times_gate).remove)
+
+    @cached_property
+    def _draw(self) -> Callable[[], None]:
+        # not before it is needed: what is attached to count memory has no GPU
+        return Captured(self._gates.draw) if self._captures else self._gates.draw
+
+    @cached_property
+    def _learn(self) -> Callable[[], None]:
+        return Captured(self._gates.learn) if self._captures else self._gates.learn
 
     def _binary(self) -> dict[str, Tensor]:
         return {space: most_open(a, self.keep[space]).to(a.dtype) for space, a in self.log_alpha.items()}
@@ -237,35 +262,9 @@ class ShearingPolicy(Policy):
             found[space] = torch.where(rank < open_[..., None], settled(log_alpha), 0.0)
         return found
 
-    def _show(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Let the model multiply these gates; returns them by kind."""
-        kinds = self._by_kind(gates)
-        for kind, rows in kinds.items():
-            torch._foreach_copy_([leaf.data for leaf in self._leaves[kind]], list(rows.detach().unbind()))
-        return kinds
-
     def _count_dead(self, space: str) -> int:
         log_alpha = self.log_alpha[space]
         return int((most_open(log_alpha, self.keep[space]) & (settled(log_alpha) < ALIVE)).sum())
-
-    def _by_kind(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gates by what they multiply, in rows: ``hidden`` [1, D], ``layers`` [L], ``ffn`` [L, F], ``heads`` [L, H]."""
-        found = {kind: gates[kind] for kind in ("layers", "ffn") if kind in gates}
-        if "hidden" in gates:
-            found["hidden"] = gates["hidden"][None]
-        groups, heads = gates.get("kv_group"), gates.get("query_head")
-        if heads is not None:
-            found["heads"] = (heads if groups is None else heads * groups[..., None]).flatten(1)
-        elif groups is not None:
-            shape = self.anatomy.shapes[0]
-            found["heads"] = groups.repeat_interleave(shape.query_heads // shape.kv_heads, dim=1)
-        return found
-
-
-def penalty(share: Tensor, goal: float, multipliers: Tensor) -> Tensor:
-    """Mean over rows of lam1 (s - t) + lam2 (s - t)^2."""
-    off = share - goal
-    return (multipliers[0] * off + multipliers[1] * off.square()).mean()
 
 
 def gate_shapes(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """Linears in training (weight transforms -> product, plus additive branches) and gates along the residual stream."""
 
 from shearling.nn.branches import Branch, LoRABranch, LowRankBranch
-from shearling.nn.hidden_gates import GatedLayerNorm, GatedRMSNorm, HiddenGates
+from shearling.nn.hidden_gates import GatedLayerNorm, GatedRMSNorm, HiddenGates, OutputGates
 from shearling.nn.linear import EffectiveLinear, is_linear, plain_state, unwrap_, wrap_, wrapped_linears
 from shearling.nn.transforms import (
     FakeQuantTransform,
@@ -24,6 +24,7 @@ __all__ = [
     "LowRankBranch",
     "MaskTransform",
     "MultiplicativeAdapter",
+    "OutputGates",
     "SoftThreshold",
     "StraightMask",
     "is_linear",

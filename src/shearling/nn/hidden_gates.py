@@ -1,7 +1,8 @@
-"""Gates along the residual stream, and norms that take their statistics where a gate is open."""
+"""Gates on what linears write and along the residual stream, and norms that take their statistics where one is open."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from shearling.anatomy import anatomy_of
+from shearling.nn.linear import EffectiveLinear, wrap_
+
+
+class OutputGates:
+    """While this stands, gates multiply what linears of a model write: by path a tensor [out], or [] for all alike.
+
+    They multiply weight and bias, which is the same. ``HiddenGates`` says whose the tensors are and when to set them
+    up.
+    """
+
+    def __init__(self, model: Any, gates: Mapping[str, Tensor]) -> None:
+        self._model, self._gates = model, dict(gates)
+        modules = {path: model.get_submodule(path) for path in gates}
+        self._stock = {path: m for path, m in modules.items() if not isinstance(m, EffectiveLinear)}
+        for path, linear in wrap_(model, gates).items():
+            linear.output_gates = (*linear.output_gates, gates[path])
+
+    def remove(self) -> None:
+        """Take the gates away, and put stock linears back where nothing else is changed; nothing the second time."""
+        for path, gate in self._gates.items():
+            linear = self._model.get_submodule(path)
+            linear.output_gates = tuple(other for other in linear.output_gates if other is not gate)
+            if path in self._stock and not (linear.changed or linear.output_gates):
+                _put_back(self._model, path, self._stock[path])
+        self._gates, self._stock = {}, {}
 
 
 class _GatedNorm(nn.Module):
@@ -42,11 +68,12 @@ class GatedRMSNorm(_GatedNorm):
         z = self._gates[0].to(torch.float32)
         wide, kept = x.to(torch.float32), (z != 0).to(torch.float32)
         variance = (wide.square() * kept).sum(-1, keepdim=True) / kept.sum()
-        normed = wide * torch.rsqrt(variance + self.eps) * z
+        normed = wide * torch.rsqrt(variance + self.eps)
         assert self.weight is not None
+        # gates multiply the weight, not x: one gradient less that is summed over all tokens
         if self.one_plus:
-            return (normed * (1.0 + self.weight.float())).to(x.dtype)
-        return self.weight * normed.to(x.dtype)
+            return (normed * ((1.0 + self.weight.float()) * z)).to(x.dtype)
+        return self.weight * z.to(self.weight.dtype) * normed.to(x.dtype)
 
 
 class GatedLayerNorm(_GatedNorm):
@@ -63,12 +90,10 @@ class GatedLayerNorm(_GatedNorm):
         count = kept.sum()
         centred = wide - (wide * kept).sum(-1, keepdim=True) / count
         variance = (centred.square() * kept).sum(-1, keepdim=True) / count
-        normed = centred * torch.rsqrt(variance + self.eps)
-        if self.weight is not None:
-            normed = normed * self.weight
+        normed = centred * torch.rsqrt(variance + self.eps) * (z if self.weight is None else self.weight * z)
         if self.bias is not None:
-            normed = normed + self.bias
-        return (normed * z).to(x.dtype)
+            normed = normed + self.bias * z
+        return normed.to(x.dtype)
 
 
 class HiddenGates:
@@ -82,11 +107,12 @@ class HiddenGates:
         model(ids)
         with torch.no_grad():
             z.copy_(other)                 # the next forward pass uses it, compiled or captured too
-        gates.remove()                     # the stock norms are back, around the parameters that are there now
+        gates.remove()                     # the stock modules are back, around the parameters that are there now
 
     ``z`` is the very tensor given, on the model's device, neither moved nor saved with the model. It may require grad:
-    as a leaf it gathers ``z.grad`` over backward passes. Set gates up after linears are wrapped (``wrap_``) and before
-    the model is compiled or sharded, and remove them before linears are unwrapped: they sit on the modules of the time.
+    as a leaf it gathers ``z.grad`` over backward passes. Set gates up after linears are wrapped (``wrap_``; output
+    projections that are not will be) and before the model is compiled or sharded, and remove them in the reverse order
+    and before linears are unwrapped: they sit on the modules of the time.
     """
 
     def __init__(self, model: Any, z: Tensor) -> None:
@@ -95,9 +121,9 @@ class HiddenGates:
         assert z.shape == (anatomy.hidden,), f"gates {tuple(z.shape)}, hidden size {anatomy.hidden}"
         blocks = range(anatomy.num_layers)
         embeddings = [model.get_submodule(name) for name in family.embeddings]
+        self._handles = [module.register_forward_hook(partial(_times, z)) for module in embeddings]
         linears = (family.attention_output, family.ffn_output)
-        outputs = [model.get_submodule(anatomy.path(layer, name)) for layer in blocks for name in linears]
-        self._handles = [m.register_forward_hook(partial(_times, z)) for m in (*embeddings, *outputs)]
+        self._outputs = OutputGates(model, {anatomy.path(layer, name): z for layer in blocks for name in linears})
         self._model = model
         self._stock: dict[str, nn.Module] = {}
         paths = [anatomy.path(layer, name) for layer in blocks for name in family.norms]
@@ -109,15 +135,12 @@ class HiddenGates:
             _put(model, path, gated)
 
     def remove(self) -> None:
-        """Put the stock norms back and take the gates away; nothing the second time."""
+        """Put the stock modules back and take the gates away; nothing the second time."""
         for handle in self._handles:
             handle.remove()
+        self._outputs.remove()
         for path, stock in self._stock.items():
-            gated = self._model.get_submodule(path)
-            # sharding may have made new ones meanwhile
-            for name in stock._parameters:
-                stock._parameters[name] = gated._parameters[name]
-            _put(self._model, path, stock.train(gated.training))
+            _put_back(self._model, path, stock)
         self._handles, self._stock = [], {}
 
     def __enter__(self) -> HiddenGates:
@@ -129,6 +152,15 @@ class HiddenGates:
 
 def _times(z: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * z.to(output.dtype)
+
+
+def _put_back(model: nn.Module, path: str, stock: nn.Module) -> None:
+    """Put a stock module where one stands in for it, with the parameters that this has now."""
+    gated = model.get_submodule(path)
+    # sharding may have made new ones meanwhile
+    for name in stock._parameters:
+        stock._parameters[name] = gated._parameters[name]
+    _put(model, path, stock.train(gated.training))
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

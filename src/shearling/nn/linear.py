@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ class EffectiveLinear(nn.Module):
     """Stands in for a Linear or a transformers Conv1D, holding the very same ``weight`` and ``bias`` parameters.
 
     ``transforms`` map the weight, in order and in its stored orientation, to the one that is multiplied;
-    ``branches`` add to the output. Without either the output is bit-equal to the stock module's. Names and shapes
-    of ``weight`` and ``bias`` in the state dict stay as they were.
+    ``branches`` add to the output, and ``output_gates`` multiply all of it. Without any the output is bit-equal to the
+    stock module's. Names and shapes of ``weight`` and ``bias`` in the state dict stay as they were.
     """
 
     bias: nn.Parameter | None
@@ -37,6 +38,8 @@ class EffectiveLinear(nn.Module):
         self.transposed = isinstance(base, Conv1D)
         self.transforms = nn.ModuleList()
         self.branches = nn.ModuleList()
+        #: each [out], or [] for all outputs alike; somebody else's (``OutputGates``), and never merged
+        self.output_gates: tuple[Tensor, ...] = ()
         self.train(base.training)
 
     @property
@@ -87,18 +90,24 @@ class EffectiveLinear(nn.Module):
         return x.numel() // inputs * (inputs + outputs) > inputs * outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.effective_weight()
+        weight, bias = self.effective_weight(), self.bias
         folds = self._folds(x)
         if folds:
             weight = self._folded(weight)
+        gate = reduce(torch.mul, self.output_gates) if self.output_gates else None
+        if gate is not None:
+            # a pass over the weight instead of one over the output, which would be kept for the backward pass too
+            weight = weight * (gate if self.transposed else gate[..., None]).to(weight.dtype)
+            bias = bias if bias is None else bias * gate.to(bias.dtype)
         if self.transposed:
             # pyrefly: ignore[bad-argument-type]
-            y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
+            y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.out_features)
         else:
-            y = nn.functional.linear(x, weight, self.bias)
+            y = nn.functional.linear(x, weight, bias)
         if not folds:
             for branch in self.branches:
-                y = y + branch(x).to(y.dtype)
+                added = branch(x).to(y.dtype)
+                y = y + (added if gate is None else added * gate.to(y.dtype))
         return y
 
     def stock(self) -> nn.Module:
