@@ -195,7 +195,11 @@ def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.devi
     indices = run.world.share(run.sampler.take(settings.batch))
     for notice in run.sampler.notices:
         emit({"step": step + 1, "warning": notice})
-    ids = run.windows[indices].to(device).long()
+    ids = run.windows[indices]
+    if device.type == "cuda" and ids.device.type == "cpu":
+        # or the host would wait for the copy, and so for the updates of the step before
+        ids = ids.pin_memory()
+    ids = ids.to(device, non_blocking=True).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
     ctx, loss = _loss(run, counters, gradients, ids, indices, rate, emit)
