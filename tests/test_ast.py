@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from shearling.anatomy import anatomy_of
 from shearling.errors import RecipeError, ShearlingError
 from shearling.export import save_model
+from shearling.methods import ast as methods_ast
 from shearling.methods.ast import AnnealedAdamW, ASTPolicy, Strength, annealed, annealed_adam_, unmask_
 from shearling.models import load_model
 from shearling.nn import EffectiveLinear, SoftThreshold, StraightMask
@@ -350,6 +351,94 @@ def test_the_optimizer_skips_weights_without_a_gradient():
     weights[0].grad = torch.ones(2, 4)
     optimizer.step()
     assert (weights[0] < 1).all() and (weights[1] == 1).all()
+
+
+def test_the_state_has_the_names_of_adams_and_goes_on_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(2, 4, generator=generator) for _ in range(3)]
+    gradients = torch.randn(6, 3, 2, 4, generator=generator)
+
+    def made(weights):
+        return AnnealedAdamW([nn.Parameter(w.clone()) for w in weights], [w > 0 for w in start], Strength(0.1, 0.5))
+
+    def carry_on(optimizer, steps):
+        weights = optimizer.param_groups[0]["params"]
+        for step in steps:
+            for index, weight in enumerate(weights):
+                # the second has none in the first two steps, the third never
+                skipped = index == 2 or (index == 1 and step < 2)
+                weight.grad = None if skipped else gradients[step, index].clone()
+            optimizer.step()
+        return weights
+
+    whole = made(start)
+    expected = carry_on(whole, range(6))
+    first = made(start)
+    half = carry_on(first, range(3))
+    state = first.state_dict()
+    assert [{name: t.shape for name, t in state["state"][index].items()} for index in (0, 1)] == [
+        {"exp_avg": (2, 4), "exp_avg_sq": (2, 4), "step": ()}
+    ] * 2
+    assert [state["state"][index]["step"].item() for index in (0, 1)] == [3, 1] and 2 not in state["state"]
+    second = made([w.detach() for w in half])
+    second.load_state_dict(state)
+    for one, other in zip(carry_on(second, range(3, 6)), expected, strict=True):
+        assert torch.equal(one, other)
+    assert second.state_dict()["state"][1]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        (TWO_OF_FOUR, {}),
+        (Pattern(1, 16), {}),
+        (0.5, {"score": "activation"}),
+        (TWO_OF_FOUR, {"score": "activation-refreshed", "decay_by": "l1"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_are_those_of_each_weight_alone(family, pattern, changes, monkeypatch):
+    """Some weights at a time, with ties: the lower index stays, as counted weight by weight in Python."""
+    monkeypatch.setattr(methods_ast, "_AT_ONCE", 4000)
+    model = tiny_model(family)
+    linears = anatomy_of(model.config).family.linears
+    names = [n for n, p in model.named_parameters() if p.ndim == 2 and any(f".{each}." in n for each in linears)]
+    stored = isinstance(model.get_submodule(names[0].removesuffix(".weight")), Conv1D)
+    norms = {n: 1.0 + torch.arange(model.get_parameter(n).shape[0 if stored else 1]) % 3 for n in names}
+    policy = ASTPolicy(anatomy_of(model.config), pattern, own(refresh_every=1, **changes), norms=norms)
+    checked = []
+
+    class Tied(type(policy)):
+        def after_step(self, ctx):
+            for linear in self._linears.values():
+                linear.weight.data.mul_(40).round_()
+            if changes.get("score") == "activation-refreshed":
+                # running means move on in the step
+                self._remember()
+                self._remember = lambda: None
+            super().after_step(ctx)
+            vars(self).pop("_remember", None)
+            for name, linear in self._linears.items():
+                score = (linear.weight.T if linear.transposed else linear.weight).detach().abs()
+                if changes.get("score") == "activation":
+                    score = score * norms[name]
+                elif "score" in changes:
+                    score = score * linear.input_squares.sqrt()
+                mask = self._masks()[name]
+                for row, kept in zip(score.tolist(), (mask.T if linear.transposed else mask).tolist(), strict=True):
+                    of = pattern.of if isinstance(pattern, Pattern) else len(row)
+                    keep = pattern.keep if isinstance(pattern, Pattern) else len(row) - round(pattern * len(row))
+                    for at in range(0, len(row), of):
+                        group = range(at, at + of)
+                        best = sorted(group, key=lambda index: (-row[index], index))[:keep]
+                        assert [index for index in group if kept[index]] == sorted(best)
+            checked.append(len(list(self._alike())))
+
+    policy.__class__ = Tied
+    train(model, tiny_tokens(10, LENGTH), [policy], dataclasses.replace(SETTINGS, tokens=2 * 4 * LENGTH))
+    assert len(checked) == 2 and 1 < checked[0] < len(names)
+    assert all(refresh.decay_ratio > 0 for refresh in policy.refreshes[1:])
 
 
 # --- SLoRB

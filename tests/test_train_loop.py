@@ -20,11 +20,13 @@ from shearling.methods.ig_lora import LoRAPolicy
 from shearling.plan import Structure
 from shearling.surgery import cut_
 from shearling.train import Distillation, Policy, TrainProgress, TrainSettings, chunked_divergence, train
+from shearling.train.events import Clock
 from shearling.train.flops import forward_flops
 from shearling.train.head import blocks_of, hidden_states, output_head
+from shearling.train.resume import Counters
 from shearling.train.sampler import WindowSampler
 from shearling.train.validation import validation_loss
-from shearling.train.world import World
+from shearling.train.world import World, clip_
 from tests.tiny import FAMILIES, VOCAB, tiny_model, tiny_tokens
 
 LENGTH = 12
@@ -461,6 +463,36 @@ def test_events_tell_the_run():
         expected = model(some_windows(3), labels=some_windows(3)).loss.item()
     assert validated[7] == pytest.approx(expected, rel=1e-5)
     assert (result.steps, result.tokens, result.stopped) == (7, 7 * 4 * LENGTH, False)
+
+
+def test_tensors_in_events_become_numbers_in_one_transfer(monkeypatch):
+    """Whole numbers beyond float32 and values of float32, bfloat16 and float64 are told as they are."""
+    given = {
+        "whole": torch.tensor(2**40 + 1), "half": torch.tensor([1 / 3], dtype=torch.bfloat16),
+        "single": torch.tensor(1 / 3), "double": torch.tensor(1 / 3, dtype=torch.float64),
+    }  # fmt: skip
+    expected = {name: float(tensor) for name, tensor in given.items()}
+    transfers = []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(tensor) or whole(tensor))
+    monkeypatch.setattr(torch.Tensor, "__float__", None)
+    counters = Counters(4, step=1, seconds=1.0, losses=[2.0])
+    event = Clock(Counters(4), 1.0, None).report({"step": 1, **given}, counters, some_settings())
+    assert {name: event[name] for name in given} == expected and event["step"] == 1 and event["loss"] == 2.0
+    assert all(type(event[name]) is float for name in given) and len(transfers) == 1
+
+
+@pytest.mark.parametrize("bound", [0.1, 5.0, 1e6])
+def test_clipping_is_torchs_to_the_bit(bound):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3, 5, generator=generator, dtype=t) for t in (torch.float32, torch.float64)]
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
+    clip_(gradients, bound, norm)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert torch.equal(gradient, parameter.grad) and gradient.dtype == parameter.dtype
 
 
 def test_validation_leaves_the_training_mode():

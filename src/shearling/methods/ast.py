@@ -19,10 +19,9 @@ multiplies S-STE's softly thresholded weight (2409.09099).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,35 +102,56 @@ class AnnealedAdamW(torch.optim.Optimizer):
         super().__init__(weights, {})
         self.masks = list(masks)
         self.strength = strength
+        self._weights: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
+        # beside the state, whose tensors take long to count up and to read
+        self._steps = [0] * len(self._weights)
         self._table: Table | None = None
+        #: which weights the table is of, and where their gradients lie
+        self._key: list[tuple[int, int]] = []
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
-        work: dict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for parameter, mask in zip(parameters, self.masks, strict=True):
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state |= {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-            state["step"] += 1
-            own = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            work[int(state["step"])].append((*map(_local, own), _part(mask, parameter)))
-        for number, tensors in work.items():
-            if _fusable(tensors):
-                from shearling.kernels.annealed_adam import BLOCK, annealed_adam
+        due: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        for index, weight in enumerate(self._weights):
+            if (gradient := weight.grad) is not None:
+                self._steps[index] += 1
+                due[self._steps[index]].append((index, _local(gradient)))
+        for number, found in due.items():
+            key = [(index, gradient.data_ptr()) for index, gradient in found]
+            if self._table is None or key != self._key:
+                tensors = [self._tensors(index, gradient) for index, gradient in found]
+                if not _fusable(tensors):
+                    for each in tensors:
+                        annealed_adam_(*each, number, self.strength)
+                    continue
+                from shearling.kernels.annealed_adam import BLOCK
 
-                # one launch for all of them
-                self._table = table_of(list(zip(*tensors, strict=True)), BLOCK, self._table)
-                annealed_adam(self._table, number, **dataclasses.asdict(self.strength))
-                continue
-            for weight, gradient, first, second, mask in tensors:
-                annealed_adam_(weight, gradient, first, second, mask, number, self.strength)
+                self._table, self._key = table_of(list(zip(*tensors, strict=True)), BLOCK), key
+            from shearling.kernels.annealed_adam import annealed_adam
+
+            # one launch for all of them
+            annealed_adam(self._table, number, **vars(self.strength))
+
+    def _tensors(self, index: int, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """This process' part of a weight, its gradient as given, its moments and its mask."""
+        weight = self._weights[index]
+        state = self.state[weight]
+        if not state:
+            state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        first, second = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        return _local(weight), gradient, first, second, _part(self.masks[index], weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        for weight, count in zip(self._weights, self._steps, strict=True):
+            if count:
+                self.state[weight]["step"] = torch.tensor(float(count))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._steps = [int(self.state[weight]["step"]) if weight in self.state else 0 for weight in self._weights]
+        # moments are other tensors now
+        self._table = None
 
 
 def _fusable(tensors: Sequence[tuple[Tensor, ...]]) -> bool:
@@ -198,7 +218,7 @@ class ASTPolicy(Policy):
             name = f"{path}.weight"
             self._linears[name] = linear
             if name not in self._start:
-                self._start[name] = self._chosen(name, linear)
+                self._start[name] = self._chosen([name])[0]
             self._start[name] = self._start[name].to(linear.weight.device).contiguous()
             mask = self._start[name].clone()
             if self.settings.forward == "soft":
@@ -267,10 +287,11 @@ class ASTPolicy(Policy):
             counts = nm_masks(self._table, self.pattern.keep, self.pattern.of)
         else:
             counts = torch.zeros(2, dtype=torch.int64, device=weights[0].device)
-            for (name, linear), mask in zip(self._linears.items(), masks.values(), strict=True):
-                new = self._chosen(name, linear)
-                counts += torch.stack([(new ^ mask).sum(), (new ^ self._start[name]).sum()])
-                mask.copy_(new)
+            for names in self._alike():
+                new = self._chosen(names)
+                now, start = (torch.stack([which[name] for name in names]) for which in (masks, self._start))
+                counts += torch.stack([(new ^ now).sum(), (new ^ start).sum()])
+                torch._foreach_copy_([masks[name] for name in names], list(new))
         total = sum(mask.numel() for mask in masks.values())
         moved, away = counts.tolist()
         self.refreshes.append(Refresh(step, moved / total, away / total, ratio))
@@ -278,15 +299,15 @@ class ASTPolicy(Policy):
     def _decay_ratio(self) -> float:
         """How strongly masked weights decay beside what their gradients say: sum of lam |W| over that of |m1|."""
         assert self._optimizer is not None
-        strength = self._optimizer.strength
-        sums = torch.zeros(2, dtype=torch.float64, device=next(iter(self._masks().values())).device)
-        for linear, mask in zip(self._linears.values(), self._masks().values(), strict=True):
-            gone = ~_part(mask, linear.weight)
-            weight, first = (
-                _local(t.detach()) for t in (linear.weight, self._optimizer.state[linear.weight]["exp_avg"])
-            )
-            pull = gone if strength.how == "l1" else weight * gone
-            sums += torch.stack([pull.abs().sum(), (first * gone).abs().sum()])
+        strength, masks = self._optimizer.strength, self._masks()
+        sums = torch.zeros(2, dtype=torch.float64, device=next(iter(masks.values())).device)
+        for names in self._alike():
+            weights = [self._linears[name].weight.detach() for name in names]
+            gone = ~torch.stack([_part(masks[name], weight) for name, weight in zip(names, weights, strict=True)])
+            moments = [self._optimizer.state[self._linears[name].weight]["exp_avg"] for name in names]
+            sizes = (torch.stack([_local(t) for t in kind]).abs_().mul_(gone) for kind in (weights, moments))
+            pulls, means = (size.sum(dtype=torch.float64) for size in sizes)
+            sums += torch.stack([gone.sum(dtype=torch.float64) if strength.how == "l1" else pulls, means])
         pull, mean = join().sum_(sums).tolist()
         return strength.decay * pull / mean if mean else math.inf
 
@@ -306,17 +327,29 @@ class ASTPolicy(Policy):
             found[name] = transform.mask
         return found
 
-    def _chosen(self, name: str, linear: EffectiveLinear) -> Tensor:
-        """The mask that the score asks for, as the weight is stored."""
-        weight = linear.weight.detach()
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        score = (weight.T if linear.transposed else weight).abs()
+    def _alike(self) -> Iterator[list[str]]:
+        """Names of weights that are stored in one shape, as many as go at once: for each alone it is many launches."""
+        kinds: dict[tuple[torch.Size, torch.dtype, bool], list[str]] = defaultdict(list)
+        for name, linear in self._linears.items():
+            kinds[linear.weight.shape, linear.weight.dtype, linear.transposed].append(name)
+        for (shape, _, _), names in kinds.items():
+            count = max(1, _AT_ONCE // shape.numel())
+            yield from (names[at : at + count] for at in range(0, len(names), count))
+
+    def _chosen(self, names: Sequence[str]) -> Tensor:
+        """The masks that the score asks for, one after the other, of weights that are stored in one shape."""
+        linears = [self._linears[name] for name in names]
+        weights = [linear.weight.detach() for linear in linears]
+        scores = torch.stack([w.full_tensor() if isinstance(w, DTensor) else w for w in weights]).abs_()
+        scores = scores.mT if linears[0].transposed else scores
+        norms = None
         if self.settings.needs_norms and self.settings.score == "activation":
-            score = score * self._norms[name].to(score)
-        elif hasattr(linear, _SQUARES):
-            score = score * getattr(linear, _SQUARES).sqrt()
-        mask = mask_of(score, self.pattern)
-        return mask.T.contiguous() if linear.transposed else mask
+            norms = torch.stack([self._norms[name].to(scores) for name in names])
+        elif hasattr(linears[0], _SQUARES):
+            norms = torch.stack([getattr(linear, _SQUARES) for linear in linears]).sqrt_()
+        scores = scores if norms is None else scores * norms[:, None]
+        masks = mask_of(scores.flatten(0, 1), self.pattern).view(scores.shape)
+        return masks.mT.contiguous() if linears[0].transposed else masks
 
     def _factors(self, name: str, missing_OI: Tensor, slorb: SLoRB) -> tuple[Tensor, Tensor]:
         """What a branch starts from."""
@@ -335,7 +368,7 @@ class ASTPolicy(Policy):
         kept: dict[str, Tensor] = {}
         for (name, linear), mask in zip(self._linears.items(), self._masks().values(), strict=True):
             if self.settings.forward == "soft":
-                mask = self._chosen(name, linear)
+                (mask,) = self._chosen([name])
             for buffer in (_SQUARES, _SUMS):
                 linear._buffers.pop(buffer, None)
             kept[name] = mask.cpu()
@@ -389,6 +422,8 @@ def input_norms(model: Any, tokens: Tensor, batch: int) -> dict[str, Tensor]:
 #: buffers of a linear: squares of its inputs summed over a step, and their running mean over about the last 20 steps
 _SUMS, _SQUARES = "input_sums", "input_squares"
 _SHARE = 0.05
+#: weights whose masks are chosen at once, about
+_AT_ONCE = 2**23
 
 
 def _measure(linear: nn.Module, args: tuple[Tensor, ...]) -> None:

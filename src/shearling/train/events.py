@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shearling.train.resume import Counters
@@ -38,12 +39,21 @@ class Clock:
         pace = (counters.seconds - seconds) / (counters.step - step)
         speed = settings.tokens_per_step / pace
         used = {} if self._peak is None else {"flops_utilisation": speed * self._flops / self._peak}
-        numbers = {key: float(value) if isinstance(value, Tensor) else value for key, value in event.items()}
         return {
-            **numbers,
+            **_numbers(event),
             "loss": sum(finite) / len(finite),
             "tokens": counters.step * settings.tokens_per_step,
             "tokens_per_second": speed,
             **used,
             "eta_seconds": pace * (settings.steps - counters.step),
         }
+
+
+def _numbers(event: dict[str, Any]) -> dict[str, Any]:
+    """The event with numbers for tensors of one element, which the host waits for once."""
+    tensors = {key: value.detach().reshape(()) for key, value in event.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return event
+    device = next(iter(tensors.values())).device
+    values = torch.stack([value.to(device, torch.float64) for value in tensors.values()]).tolist()
+    return event | dict(zip(tensors, values, strict=True))

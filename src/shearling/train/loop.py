@@ -195,12 +195,17 @@ def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.devi
     indices = run.world.share(run.sampler.take(settings.batch))
     for notice in run.sampler.notices:
         emit({"step": step + 1, "warning": notice})
-    ids = run.windows[indices].to(device).long()
+    ids = run.windows[indices]
+    if device.type == "cuda" and ids.device.type == "cpu":
+        # or the host would wait for the copy, and so for the updates of the step before
+        ids = ids.pin_memory()
+    ids = ids.to(device, non_blocking=True).long()
     rate = settings.rate(step)
     optimizers.set_rate(rate)
     ctx, loss = _loss(run, counters, gradients, ids, indices, rate, emit)
-    average_whole_(run.world, optimizers.parameters)
-    norm = total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
+    found = optimizers.gradients
+    average_whole_(run.world, found)
+    norm = total_norm(found)
     loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
     counters.step += 1
     counters.losses.append(loss_value)
@@ -212,7 +217,7 @@ def _step(run: Run, counters: Counters, gradients: Gradients, device: torch.devi
         return {**event, "warning": f"the {what} is not finite; the step was skipped", "skipped": counters.skipped}
     counters.skipped_in_row = 0
     if settings.clip is not None:
-        clip_(optimizers.parameters, settings.clip, norm)
+        clip_(found, settings.clip, norm)
     for policy in policies:
         policy.after_backward(ctx)
     optimizers.step()

@@ -88,8 +88,7 @@ class Run:
             return Counters(self.settings.micro_batch)
         self._check(stored.path.parent, stored.tree["run"])
         state = stored.load(self.world, self._like)
-        for optimizer, content in zip(self.optimizers.all, state["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
+        self.optimizers.load_state_dicts(state["optimizers"])
         for policy, content in zip(self.policies, state["policies"], strict=True):
             policy.load_state_dict(content)
         self.sampler.load_state_dict(state["sampler"])

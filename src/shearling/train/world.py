@@ -126,19 +126,25 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.hypot(norm, torch.nn.utils.get_total_norm(whole).to(norm)) if whole else norm
 
 
-def clip_(parameters: Sequence[torch.nn.Parameter], bound: float, norm: Tensor) -> None:
-    """Scale the gradients so that their norm, given, is at most ``bound``."""
-    for kind in (True, False):
-        alike = [p for p in parameters if isinstance(p, DTensor) is kind]
-        if alike:
-            torch.nn.utils.clip_grads_with_norm_(alike, bound, norm)
+def clip_(gradients: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+    """Scale the gradients so that their norm, given, is at most ``bound``.
+
+    As torch's ``clip_grads_with_norm_``, which takes the host longer: it sorts them by device and type.
+    """
+    factor = torch.clamp(bound / (norm + 1e-6), max=1.0)
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    if whole:
+        torch._foreach_mul_(whole, factor)
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            gradient.mul_(factor)
 
 
-def average_whole_(world: World, parameters: Sequence[torch.nn.Parameter]) -> None:
+def average_whole_(world: World, gradients: Sequence[Tensor]) -> None:
     """Average the gradients of parameters that every process holds whole; sharded ones are averaged already."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    if world.size == 1 or not gradients:
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    if world.size == 1 or not whole:
         return
-    flat = world.sum_(torch.cat([g.flatten() for g in gradients])).div_(world.size)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    flat = world.sum_(torch.cat([g.flatten() for g in whole])).div_(world.size)
+    for gradient, part in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
         gradient.copy_(part.view_as(gradient))
