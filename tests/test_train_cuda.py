@@ -19,6 +19,8 @@ from shearling.train import (
     train,
 )
 from shearling.train.memory import training_memory
+from shearling.train.optimizers import build_optimizers
+from shearling.train.world import clip_, total_norm
 from tests.tiny import tiny_model, tiny_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -95,6 +97,31 @@ def test_captured_steps_train_as_others(family, lora):
     for event, other in zip(found[1], expected[1], strict=True):
         assert event == pytest.approx(other, rel=2e-3)
     assert losses(True, compile=True)[0] == pytest.approx(expected[0], rel=5e-3)
+
+
+def test_a_captured_update_is_the_eager_one():
+    """Rates are sums of few powers of two, since a graph reads them as float32; a gradient comes late."""
+
+    def trained(capture):
+        generator = torch.Generator().manual_seed(0)
+        model = torch.nn.Linear(48, 32).cuda()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        built = build_optimizers(model, [], replace(SETTINGS, capture=capture, learning_rate=2**-7, weight_decay=0.25))
+        for step in range(16):
+            built.zero_grad(keep=capture)
+            for name, parameter in model.named_parameters():
+                gradient = torch.randn(parameter.shape, generator=generator).cuda()
+                if name == "weight" or step > 6:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            built.set_rate(0.25 * (1 + step % 3))
+            clip_(built.gradients, 3.0, total_norm(built.gradients))
+            built.step()
+        return [p.detach() for p in model.parameters()]
+
+    for one, other in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_capture_without_memory_takes_less():
