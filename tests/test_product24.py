@@ -61,6 +61,10 @@ CASES = [
     (40, 768, 3, 128, 8, True, Config(2, 2, 1, 2, 2)),
     (32, 1024, 9, 128, 32, False, Config(1, 4, 2, 3, 4)),
     (48, 512, 9, 128, "given", True, Config(1, 2, 1, 2, 2)),
+    # more of S than a warp begins with
+    (16, 2048, 1, 0, 16, False, Config(1, 1, 1, 2, 1)),
+    (16, 2048, 2, 128, 16, False, Config(1, 2, 1, 1, 1)),
+    (16, 2048, 1, 128, 8, True, Config(1, 1, 1, 1, 1)),
     (72, 640, 10, 128, 16, False, Config(2, 4, 2, 1, 2)),
     (48, 768, 17, 64, "given", False, Config(1, 2, 2, 1, 2)),
 ]

@@ -8,7 +8,8 @@
 //
 // No header is needed. What is of this machine alone stands first, so that the rest also compiles as plain C++.
 //
-// S comes after the inputs, in steps of its own: what is loaded of it takes turns, and registers, with the weights.
+// S of a branch is loaded with the first weights and multiplied before them, when no sums need registers yet. What a warp
+// has of it beyond that takes turns with the weights, after them.
 //
 // Macros: INT4 (0: bfloat16 values; 1: 4-bit codes), GROUP (inputs of a scale), ROW_TILES, WARPS, SPREAD, TOKEN_TILES
 // (of 8), STEPS (loads in flight, in steps), RANKS (blocks of a cluster), BLOCKS (a multiprocessor holds at least so
@@ -133,6 +134,8 @@ constexpr int TILES = STEP_INPUTS / 32;
 constexpr int PAD = 8;
 // so much of the rank in a step: what fits where a step's weights are
 constexpr int BRANCH_STEP = INT4 && !UP8 ? 16 : 32;
+// steps of it that a warp begins with
+constexpr int OWN = 32 / BRANCH_STEP;
 // two sums in turn where there are few, or products would wait for each other
 constexpr int CHAINS = ROW_TILES * TOKEN_TILES >= 4 || INT4 ? 1 : 2;
 // warps that share outputs
@@ -354,14 +357,24 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     // of sums, all that its inputs have a part in
     const int up_begin = BRANCH == 2 ? from / (SUM * BRANCH_STEP) : rank * branch.steps / RANKS;
     const int up_last = BRANCH == 2 ? (from + width + SUM * BRANCH_STEP - 1) / (SUM * BRANCH_STEP) : (rank + 1) * branch.steps / RANKS;
-    const int all = of_inputs + (up_last < branch.steps ? up_last : branch.steps) - up_begin;
+    const int ups = (up_last < branch.steps ? up_last : branch.steps) - up_begin;
+    const int all = of_inputs + (ups > OWN * TURNS ? ups - OWN * TURNS : 0);
+    const auto fetch_up_step = [&](Step& step, int up) {
+        fetch_up(step, branch.up, branch.up_scales, w.row_tiles, branch.steps, row_tile, up_begin + up, lane);
+    };
+    Step own[OWN];
+    // from the last turn on, which has the fewest steps of inputs
+    const int up_turn = TURNS - 1 - turn;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+        if (up_turn + i * TURNS < ups) fetch_up_step(own[i], up_turn + i * TURNS);
 #else
     const int all = of_inputs;
 #endif
     const auto fetch_any = [&](Step& step, int now) {
 #if BRANCH
         if (now >= of_inputs)
-            fetch_up(step, branch.up, branch.up_scales, w.row_tiles, branch.steps, row_tile, up_begin + now - of_inputs, lane);
+            fetch_up_step(step, OWN * TURNS + now - of_inputs);
         else
 #endif
             fetch(step, w, row_tile, begin + now, lane);
@@ -382,7 +395,7 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
         copy16((Quad*)(rows + m * stride + c), (const Quad*)(x + (there ? (u64)m * inputs + from + c : 0)), there);
     }
 #if BRANCH
-    const int inner_width = (all - of_inputs) * BRANCH_STEP;
+    const int inner_width = ups * BRANCH_STEP;
 #endif
 #if BRANCH == 1
     for (int i = thread; i < tokens * (inner_width / 8); i += WARPS * 32) {
@@ -407,24 +420,31 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             }
         inner[m * inner_stride + c] = (u16)rounded_pair(sum, 0.f);
     }
-    // nobody waits here: sums are needed last
     warp_is_done(gathering);
 #endif
 
     Sums sums[CHAINS] = {}, part;
     u32 at[TOKEN_TILES], move[TOKEN_TILES];
+#if BRANCH
+    const auto multiply_up_step = [&](const Step& step, int up) {
+        operand_places(at, move, inner, inner_stride, zeros, tokens, lane);
+        multiply_up(sums[0], step, at, move, up);
+    };
+    if (BRANCH == 2) wait_for(gathering);
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+        if (up_turn + i * TURNS < ups) multiply_up_step(own[i], up_turn + i * TURNS);
+#endif
     operand_places(at, move, rows, stride, zeros, tokens, lane);
     for (int base = turn; base < all; base += STEPS * TURNS) {
 #pragma unroll
         for (int i = 0; i < STEPS; ++i) {
             const int now = base + i * TURNS;
 #if BRANCH
-            if (now >= of_inputs && now < all) {
-                u32 inner_at[TOKEN_TILES], inner_move[TOKEN_TILES];
-                operand_places(inner_at, inner_move, inner, inner_stride, zeros, tokens, lane);
-                if (BRANCH == 2) wait_for(gathering);
-                multiply_up(sums[0], steps[i], inner_at, inner_move, now - of_inputs);
-            } else
+            // after the last of the inputs: their places are no longer needed
+            if (now >= of_inputs && now < all)
+                multiply_up_step(steps[i], OWN * TURNS + now - of_inputs);
+            else
 #endif
             if (now < all) multiply<0>(sums, part, steps[i], at, move, now);
             if (now + STEPS * TURNS < all) fetch_any(steps[i], now + STEPS * TURNS);
