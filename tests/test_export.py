@@ -80,6 +80,16 @@ def test_a_model_becomes_what_the_table_says(
     assert {row.faster for row in rows.values() if row.loads} == {"the cut"}
 
 
+def test_widths_that_gpus_are_slow_at() -> None:
+    model = tiny_model("llama")
+    rows = {
+        width: table(planned(model, Structure({f"ffn.{n}": tuple(range(width)) for n in range(2)})), model.config)
+        for width in (40, 41)
+    }
+    assert rows[40]["vLLM"].faster == "the cut"
+    assert "not on GPUs" in rows[41]["vLLM"].faster and "round_to: 64" in rows[41]["vLLM"].faster
+
+
 def recipe_rows(model: Any, stages: list[Mapping[str, Any]]) -> dict[str, Any]:
     recipe = parse_recipe({"model": "tiny", "device": "cpu", "stages": stages})
     return table(preview_recipe(recipe, model), model.config)

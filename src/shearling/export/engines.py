@@ -19,6 +19,8 @@ from shearling.plan import Plan
 MODEL = "MODEL"
 #: ranks of branches that vLLM has room for
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: of widths: GPUs multiply rows of 16 bytes; other models of 7B were slower than the dense one (docs/log.md)
+_GPU_MULTIPLE = 8
 #: the type of a GGUF file that has about as many bits as a grid
 _GGUF_TYPES = {"int4": "q4_0", "uint4": "q4_1", "int8": "q8_0", "uint8": "q8_0", "float8_e4m3": "q8_0"}
 
@@ -114,7 +116,9 @@ def _faster(plan: Plan, *, codes: bool) -> str:
     """What of the plan an engine turns into speed, if it can multiply by codes or not."""
     gains = []
     if plan.after.parameters < plan.before.parameters:
-        gains.append("the cut")
+        odd = any(shape.ffn % _GPU_MULTIPLE for shape in plan.anatomy_after.shapes)
+        slow = f" (not on GPUs: widths are no multiples of {_GPU_MULTIPLE}; round_to: 64)"
+        gains.append(f"the cut{slow if odd else ''}")
     if plan.quantised is not None and codes:
         gains.append(plan.quantised.format)
     return " and ".join(gains)
