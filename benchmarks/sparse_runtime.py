@@ -4,11 +4,11 @@
     python benchmarks/sparse_runtime.py --tune --table FILE [--json FILE]
     python benchmarks/sparse_runtime.py --table FILE [--json FILE]
 
-The first compares every way with the dense product. The second times every way for a few tokens (``--tokens``),
-prints the best and keeps all in the table. The third times, for every shape and number of tokens, dense cuBLAS,
-cuSPARSELt, our kernels, those with a low-rank branch and those in 4 bits, by the table's best, then what the table
-takes ("fallback"), and sums them over a layer; rows "each alone" do without the early start of kernels. ``--ways``
-times only some.
+The first compares every way with the dense product. The second times every way for a few tokens (``--tokens``), with
+low-rank branches and without, prints the best beside dense, which then has the branch too, and keeps all in the table.
+The third times, for every shape and number of tokens, dense cuBLAS, cuSPARSELt, our kernels, those with a branch and
+those in 4 bits, by the table's best for each, then what the table takes ("fallback"), and sums them over a layer; rows
+"each alone" do without the early start of kernels. ``--ways`` times only some.
 
 On a CPU (``--device cpu``) the third has dense, our kernel, that with values in 4 bits, and what the table takes, in
 float32 and bfloat16, for 1 and 4 tokens. All ways take turns, over more copies of a weight than the caches hold.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Any
@@ -32,23 +33,23 @@ from common import Rows, device_name
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import Config, compile_all, configs
-from shearling.methods.slorb import block_mean
 from shearling.runtime import (
     COPIES,
     TOKENS,
+    Beside,
     Branch,
     Key,
     Path,
     Table,
-    branch_of,
     copy_of,
     measure_table,
     paths,
     product,
     random_24,
+    random_branch,
 )
 from shearling.runtime.paths import bytes_of
-from shearling.runtime.table import several
+from shearling.runtime.table import several, with_branches
 from shearling.runtime.timing import interleaved, summary, timed_ways
 
 #: linears of a layer as (outputs, inputs), and how many there are
@@ -67,6 +68,8 @@ OURS = ("mma", "expand")
 FEW = (1, 2, 4, 8, 16)
 #: inputs that share a scale in 4 bits, and where these do not fill a weight's inputs
 GROUP, SMALL_GROUP = 128, 64
+#: inputs that a branch sums up
+BLOCK = 16
 Seconds = dict[tuple[str, tuple[int, int], int], float]
 COLUMNS = [
     "what",
@@ -88,6 +91,12 @@ COLUMNS = [
 def group_of(shape: tuple[int, int]) -> int:
     """Inputs that share a scale of such a weight in 4 bits."""
     return SMALL_GROUP if shape[1] % GROUP else GROUP
+
+
+def besides(shape: tuple[int, int]) -> dict[str, Beside]:
+    """The branches that are timed beside such a weight."""
+    rank = shape[1] // BLOCK
+    return {"branch": Beside(rank, BLOCK), "INT8 branch": Beside(rank, BLOCK, 8)}
 
 
 def table_of(file: File | None, device: torch.device) -> Table:
@@ -121,8 +130,38 @@ class Bench:
     def shapes(self) -> list[tuple[int, int]]:
         return list(dict.fromkeys(shape for layer in self.layers.values() for shape in layer))
 
-    def key(self, shape: tuple[int, int], tokens: int, group: int = 0) -> Key:
-        return Key(*shape, self.dtype_name, group, tokens)
+    @property
+    def few(self) -> list[int]:
+        return [count for count in self.tokens if count <= max(FEW)]
+
+    def kinds(self, shape: tuple[int, int]) -> list[tuple[str, int, Beside | None]]:
+        """What ours are timed on: (name, inputs that share a scale in 4 bits or 0, branch); branches on a GPU alone."""
+        branches = besides(shape) if self.gpu else {}
+        return [
+            (name, group, beside)
+            for of, group in (("2:4", 0), ("2:4 INT4", group_of(shape)))
+            for name, beside in [(of, None), *((f"{of} and {what}", beside) for what, beside in branches.items())]
+        ]
+
+    def key(self, shape: tuple[int, int], tokens: int, group: int = 0, beside: Beside | None = None) -> Key:
+        return Key(*shape, self.dtype_name, group, tokens, beside)
+
+    def measure(
+        self, shape: tuple[int, int], tokens: Sequence[int], group: int, beside: Beside | None, every: bool = False
+    ) -> None:
+        """Have the table gain what it lacks, or with ``every`` all of it."""
+        measure_table(
+            [shape],
+            device=self.device,
+            dtype=self.dtype,
+            group=group,
+            beside=beside,
+            tokens=tokens,
+            table=self.table,
+            replays=3 if self.replays < 10 else 20,
+            every=every,
+            ways=self.ways,
+        )
 
     @property
     def dtype_name(self) -> str:
@@ -138,26 +177,20 @@ def check(bench: Bench) -> None:
     wrong = 0
     for shape in bench.shapes:
         weight_OI = random_24(*shape, bench.dtype, bench.device)
-        down, up = (factor.to(bench.dtype) for factor in block_mean(weight_OI.float(), 16))
-        # of another rank than the blocks have, which t is multiplied for
-        low = [torch.randn(*size, device=bench.device).to(bench.dtype) / 8 for size in ((72, shape[1]), (shape[0], 72))]
-        kinds = list(COPIES.values())
-        branches: dict[str, Branch | None] = {
-            "": None,
-            "branch": branch_of(down, up.contiguous(), kinds),
-            "INT8 branch": branch_of(down, up.contiguous(), kinds, eight_bits=True),
-            "low rank": branch_of(*low, kinds),
-        }
+        branches: dict[str, Branch | None] = {"": None}
+        # one is of another rank than the blocks have, which t is multiplied for
+        for what, beside in {**besides(shape), "low rank": Beside(72, 0)}.items():
+            branches[what] = random_branch(*shape, beside, weight_OI, list(COPIES.values()))
         for group in (0, group_of(shape)):
             copies: Any = {"dense": copy_of("dense", weight_OI, group)}
-            few = [count for count in bench.tokens if count <= max(FEW)]
             ups = [None if branch is None else branch.fragments for branch in branches.values()]
             if obstacle(bench.device) is None:
                 copies["fragments"] = copy_of("fragments", weight_OI, group)
                 compile_all(
-                    copies["fragments"], [(c, m, up) for m in few for c in configs(*shape, m, group > 0) for up in ups]
+                    copies["fragments"],
+                    [(c, m, up) for m in bench.few for c in configs(*shape, m, group > 0) for up in ups],
                 )
-            for tokens in few:
+            for tokens in bench.few:
                 x_MI = torch.randn(tokens, shape[1], device=bench.device).to(bench.dtype)
                 x, wide = x_MI.double(), copies["dense"].double()
                 exact = {
@@ -185,26 +218,16 @@ def check(bench: Bench) -> None:
 
 
 def tune(bench: Bench) -> None:
-    """Every way for few tokens; the best three of ours are printed beside dense."""
+    """Every way for few tokens; the best three of ours are printed beside dense, which has the branch too."""
     for shape in bench.shapes:
-        for group in (0, group_of(shape)):
-            for tokens in [count for count in bench.tokens if count <= max(FEW)]:
-                measure_table(
-                    [shape],
-                    device=bench.device,
-                    dtype=bench.dtype,
-                    group=group,
-                    tokens=[tokens],
-                    table=bench.table,
-                    replays=3 if bench.replays < 10 else 20,
-                    every=True,
-                    ways=bench.ways,
-                )
-                found = bench.table.times[bench.key(shape, tokens, group)]
+        for what, group, beside in bench.kinds(shape):
+            for tokens in bench.few:
+                bench.measure(shape, [tokens], group, beside, every=True)
+                found = bench.table.times[bench.key(shape, tokens, group, beside)]
                 dense = found[Path("dense")]
                 ranked = sorted(found.items(), key=lambda pair: pair[1].seconds)
                 for path, timing in [(Path("dense"), dense), *[p for p in ranked if p[0].name in OURS][:3]]:
-                    report(bench, "INT4" if group else "2:4", shape, tokens, path, timing, dense.seconds)
+                    report(bench, what, shape, tokens, path, timing, dense.seconds)
         bench.keep()
 
 
@@ -230,34 +253,15 @@ def shapes(bench: Bench) -> None:
     found: Seconds = {}
     found_least: Seconds = {}
     for shape in bench.shapes:
+        kinds = bench.kinds(shape)
         # what has not been tuned for as many tokens has few ways
-        measure_table(
-            [shape],
-            device=bench.device,
-            dtype=bench.dtype,
-            tokens=bench.tokens,
-            table=bench.table,
-            replays=20,
-            ways=bench.ways,
-        )
-        few = [count for count in bench.tokens if count <= max(FEW)]
-        if few:
-            measure_table(
-                [shape],
-                device=bench.device,
-                dtype=bench.dtype,
-                group=group_of(shape),
-                tokens=few,
-                table=bench.table,
-                replays=20,
-                ways=bench.ways,
-            )
+        for _, group, beside in kinds:
+            bench.measure(shape, bench.few if group or beside else bench.tokens, group, beside)
         bench.keep()
         weight_OI = random_24(*shape, bench.dtype, bench.device)
-        down, up = (factor.to(bench.dtype) for factor in block_mean(weight_OI.float(), 16))
         branches = {
-            "branch": branch_of(down, up.contiguous(), list(COPIES.values())),
-            "INT8 branch": branch_of(down, up.contiguous(), list(COPIES.values()), eight_bits=True),
+            beside: None if beside is None else random_branch(*shape, beside, weight_OI, list(COPIES.values()))
+            for beside in dict.fromkeys(beside for _, _, beside in kinds)
         }
         copies: dict[tuple[str, int], list[Any]] = {}
         for tokens in bench.tokens:
@@ -267,11 +271,10 @@ def shapes(bench: Bench) -> None:
             missing = [pair for pair in wanted if pair not in copies]
             copies |= several({pair: copy_of(pair[0], weight_OI, pair[1]) for pair in missing})
             steps, size = {}, {}
-            for what, path, group, added in rows:
-                of = copies[COPIES[path.name], group]
-                beside = [fresh(branches[added]) if added else None for _ in of]
-                steps[what] = [partial(product, path, x_MI, c, b) for c, b in zip(of, beside, strict=True)]
-                size[what] = bytes_of(of[0]) + branch_bytes(beside[0])
+            for what, path, group, beside in rows:
+                of, branch = copies[COPIES[path.name], group], branches[beside]
+                steps[what] = [partial(product, path, x_MI, *pair) for pair in with_branches(of, branch)]
+                size[what] = bytes_of(of[0]) + branch_bytes(branch)
             least: dict[str, float] = {}
             if bench.gpu:
                 timings = timed_ways(steps, bench.device, bench.replays)
@@ -288,51 +291,30 @@ def shapes(bench: Bench) -> None:
     sums(bench, found, found_least)
 
 
-def fresh(branch: Branch) -> Branch:
-    """The same branch in other memory."""
-    assert branch.fragments is not None
-    values, scales = branch.fragments[:2]
-    parts = values.clone(), None if scales is None else scales.clone()
-    return Branch(branch.down, branch.up.clone(), branch.fragments._replace(values=parts[0], scales=parts[1]))
-
-
 def branch_bytes(branch: Branch | None) -> int:
     """What of a branch is read from memory; that of a block mean is only S."""
     return 0 if branch is None or branch.fragments is None else branch.fragments.bytes
 
 
-def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[str, Path, int, str]]:
-    """What is timed: (name, way, inputs that share a scale in 4 bits or 0, which branch)."""
-    exact = bench.table.times[bench.key(shape, tokens)]
+def variants(bench: Bench, shape: tuple[int, int], tokens: int) -> list[tuple[str, Path, int, Beside | None]]:
+    """What is timed: (name, way, inputs that share a scale in 4 bits or 0, branch)."""
 
-    def fastest(names: tuple[str, ...], times: dict[Path, Any]) -> Path | None:
+    def fastest(names: tuple[str, ...], group: int = 0, beside: Beside | None = None) -> Path | None:
+        times = bench.table.times.get(bench.key(shape, tokens, group, beside), {})
         return min((p for p in times if p.name in names), key=lambda p: times[p].seconds, default=None)
 
-    ours = fastest(OURS, exact)
-    rows: list[tuple[str, Path | None, int, str]] = [("dense", Path("dense"), 0, "")]
-    fallback = ("fallback", bench.table.best(bench.key(shape, tokens)), 0, "")
-    group = group_of(shape)
-    coarse = bench.table.times.get(bench.key(shape, tokens, group), {})
-    if not bench.gpu:
-        rows += [("2:4", ours, 0, ""), ("2:4 INT4", fastest(OURS, coarse), group, ""), fallback]
-        return [(what, path, size, added) for what, path, size, added in rows if path is not None]
-    rows += [
-        ("dense, decompressed", fastest(("decompress", "unpack"), exact), 0, ""),
-        ("cuSPARSELt", fastest(("cusparselt",), exact), 0, ""),
-        ("2:4", ours, 0, ""),
-        ("2:4, each alone", alone(ours), 0, ""),
-        ("2:4 and branch", ours, 0, "branch"),
-        ("2:4 and INT8 branch", ours, 0, "INT8 branch"),
-    ]
-    if coarse:
-        rows += [
-            ("2:4 INT4", fastest(OURS, coarse), group, ""),
-            ("2:4 INT4, each alone", alone(fastest(OURS, coarse)), group, ""),
-            ("2:4 INT4 and branch", fastest(OURS, coarse), group, "branch"),
-        ]
+    rows: list[tuple[str, Path | None, int, Beside | None]] = [("dense", Path("dense"), 0, None)]
+    if bench.gpu:
+        rows.append(("dense, decompressed", fastest(("decompress", "unpack")), 0, None))
+        rows.append(("cuSPARSELt", fastest(("cusparselt",)), 0, None))
+    for what, group, beside in bench.kinds(shape):
+        ours = fastest(OURS, group, beside)
+        rows.append((what, ours, group, beside))
+        if bench.gpu and beside is None:
+            rows.append((f"{what}, each alone", alone(ours), group, None))
     # the two copies of a weight that are fastest at some number of tokens
-    rows.append(fallback)
-    return [(what, path, size, added) for what, path, size, added in rows if path is not None]
+    rows.append(("fallback", bench.table.best(bench.key(shape, tokens)), 0, None))
+    return [(what, path, group, beside) for what, path, group, beside in rows if path is not None]
 
 
 def alone(path: Path | None) -> Path | None:

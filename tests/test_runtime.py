@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +16,14 @@ from shearling.export.compact import block_weights
 from shearling.kernels import nvrtc
 from shearling.kernels.compact24 import pack24, unpack24_int4
 from shearling.kernels.expand24 import obstacle
-from shearling.kernels.product24 import Config, dense24, fragments_of, product24, up_fragments
+from shearling.kernels.product24 import Config, dense24, fragments_of, product24, unpacked, up_fragments
 from shearling.methods.quantise import plan_quantised
 from shearling.models import load_model
 from shearling.plan import Adapters, Quant
 from shearling.recipe import Quantise
 from shearling.runtime import (
     COPIES,
+    Beside,
     Key,
     Path,
     Route,
@@ -29,12 +31,14 @@ from shearling.runtime import (
     Table,
     Timing,
     accelerate_,
+    beside_of,
     cached_table,
     copy_of,
     measure_table,
     paths,
     product,
     random_24,
+    random_branch,
     table_file,
 )
 from shearling.runtime.paths import _algorithms
@@ -50,12 +54,12 @@ def sparse_model(family="llama", **overrides):
     return model
 
 
-def table_of(model, seconds, group=0, tokens=(1, 8)):
-    """A table that says of every shape of a model how long ways take, by their names."""
+def table_of(model, seconds, group=0, tokens=(1, 8), beside=None):
+    """A table that says of every shape of a model, and a branch beside it, how long ways take, by their names."""
     table = Table("cpu", torch.__version__)
     for weight in block_weights(model).values():
         for count in tokens:
-            key = Key(*weight.shape, "float32", group, count)
+            key = Key(*weight.shape, "float32", group, count, beside)
             table.times[key] = {Path(name): Timing(s, s, s) for name, s in seconds[count].items()}
     return table
 
@@ -190,9 +194,54 @@ def test_branches_go_along():
     attach_adapters_(model, adapters)
     before = model(ids).logits
     plain = sparse_model()(ids).logits
-    accelerate_(model, table_of(sparse_model(), COMPACT_FIRST), tokens=(1, 8))
+    table = table_of(sparse_model(), COMPACT_FIRST)
+    table.times |= table_of(sparse_model(), DENSE_FIRST, beside=Beside(3, 0)).times
+    routes = accelerate_(model, table, tokens=(1, 8)).routes
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, before, rtol=1e-2, atol=1e-2)
+    # the one with a branch takes what was the fastest with that
+    assert {of for of, (route,) in routes.items() if route.path.name == "dense"} == {name}
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@torch.no_grad()
+def test_ways_are_those_of_the_branch(eight_bits):
+    model, ids = sparse_model(hidden_size=64, intermediate_size=128, head_dim=16), tiny_tokens()
+    bare, bits, weights = copy.deepcopy(model), 8 if eight_bits else 16, block_weights(model)
+    down, up = {}, {}
+    # sums of 16 inputs, as SLoRB has them, at every other
+    for name, weight in list(weights.items())[::2]:
+        branch = random_branch(*weight.shape, Beside(weight.shape[1] // 16, 16), weight, [])
+        # 8 bits hold these as they are
+        down[name], up[name] = branch.down, branch.up.sign() * 127 / 64
+    attach_adapters_(model, Adapters(down, up, dict.fromkeys(up, 0.5)))
+    before, table = model(ids).logits, table_of(bare, COMPACT_FIRST)
+    for inputs in (64, 128):
+        table.times |= table_of(bare, DENSE_FIRST, beside=Beside(inputs // 16, 16, bits)).times
+        # what other branches say does not count
+        table.times |= table_of(bare, COMPACT_FIRST, beside=Beside(inputs // 16, 16, 24 - bits)).times
+    done = accelerate_(model, table, tokens=(1, 8), int8_branches=eight_bits)
+    assert {name: route.path.name for name, (route,) in done.routes.items()} == {
+        name: "dense" if name in up else "decompress" for name in weights
+    }
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_a_model_lacks_is_measured_with_its_branches(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHEARLING_CACHE", str(tmp_path))
+    model, ids = sparse_model(), tiny_tokens()
+    weights = block_weights(model)
+    name, weight = next(iter(weights.items()))
+    branch = random_branch(*weight.shape, Beside(2, 16), weight, [])
+    attach_adapters_(model, Adapters({name: branch.down}, {name: branch.up}, {name: 1.0}))
+    before = model(ids).logits
+    done = accelerate_(model, tokens=(1, 8))
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    others = [w.shape for of, w in weights.items() if of != name]
+    bare = {Key(*shape, "float32", 0, n) for shape in others for n in (1, 8)}
+    beside = {Key(*weight.shape, "float32", 0, n, Beside(2, 16)) for n in (1, 8)}
+    assert cached_table("cpu").times.keys() == bare | beside and done.routes.keys() == weights.keys()
 
 
 @torch.no_grad()
@@ -233,7 +282,8 @@ def test_branches_in_8_bits_are_near():
     )
     attach_adapters_(model, adapters)
     before = model(ids).logits
-    accelerate_(model, table_of(sparse_model(), COMPACT_FIRST), tokens=(1, 8), int8_branches=True)
+    table = table_of(sparse_model(), COMPACT_FIRST, beside=Beside(8, 0, 8))
+    accelerate_(model, table, tokens=(1, 8), int8_branches=True)
     error = float((model(ids).logits - before).norm() / before.norm())
     assert 1e-4 < error < 0.05
 
@@ -287,6 +337,76 @@ def test_measured_once_and_kept(tmp_path, monkeypatch):
     with pytest.raises(ShearlingError, match="is no table"):
         Table.load(table_file("cpu"))
     assert not cached_table("cpu").times
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    table, file = Table("cpu", "0"), tmp_path / "table.json"
+    for beside in (None, Beside(3, 0), Beside(1, 8, 8)):
+        key = Key(4, 8, "float32", 0, 1, beside)
+        table.times[key] = {Path("dense"): Timing(1.0, 0.5, 2.0), Path("mma", (1, 2)): Timing(3.0, 2.5, 4.0)}
+    table.save(file)
+    assert Table.load(file) == table
+    assert {type(key.beside) for key in Table.load(file).times} == {type(None), Beside}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 4}))
+    with pytest.raises(ShearlingError, match="is a table of another version; remove it"):
+        Table.load(file)
+
+
+def test_a_branch_is_measured_for_itself():
+    table, of = Table("cpu", "0"), Key(4, 16, "float32", 0, 1)
+    for beside, name in (
+        (None, "dense"),
+        (Beside(2, 8), "decompress"),
+        (Beside(2, 8, 8), "mma"),
+        (Beside(2, 0), "dense"),
+    ):
+        table.times[of._replace(beside=beside)] = {Path(name): Timing(1.0, 1.0, 1.0)}
+    assert [table.best(key).name for key in table.times] == ["dense", "decompress", "mma", "dense"]
+    with pytest.raises(ShearlingError, match=r"beside=Beside\(rank=4, block=0, bits=16\)\) is not in the table"):
+        table.best(of._replace(beside=Beside(4, 0)))
+
+
+@pytest.mark.parametrize("beside", [Beside(4, 16), Beside(8, 8, 8), Beside(5, 0), Beside(64, 0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_random_branch_is_of_its_kind(beside, dtype):
+    branch = random_branch(6, 64, beside, torch.zeros(1, dtype=dtype), ["dense"])
+    assert beside_of(branch.down, beside.bits == 8) == beside
+    assert branch.up.shape == (6, beside.rank) and branch.down.dtype == branch.up.dtype == dtype
+    up = random_branch(6, 64, beside, torch.zeros(1, dtype=dtype), ["fragments"]).fragments
+    assert up is not None and (up.block, up.scales is not None) == (beside.block, beside.bits == 8)
+    # eight at a time are read of one that is given
+    assert up.rank == (beside.rank if beside.block else -(-beside.rank // 8) * 8)
+
+
+@pytest.mark.parametrize("beside", [Beside(4, 8), Beside(16, 4)])
+def test_sums_that_no_branch_has_are_refused(beside):
+    with pytest.raises(ShearlingError, match=f"branch: {beside.rank} sums of {beside.block} out of 64 inputs"):
+        measure_table([(8, 64)], device="cpu", tokens=(1,), beside=beside, table=Table("cpu", "0"))
+
+
+@pytest.mark.parametrize("beside", [Beside(4, 16), Beside(4, 16, 8), Beside(3, 0)])
+def test_a_gpu_compiles_and_times_ways_with_their_branch(beside, monkeypatch):
+    compiled, timed = [], []
+
+    def multiplied(x, weight, config, up, given):
+        timed.append((up, given))
+        return x @ unpacked(weight).T
+
+    monkeypatch.setitem(paths.__globals__, "obstacle", lambda device: None)
+    monkeypatch.setitem(paths.__globals__, "product24", multiplied)
+    monkeypatch.setitem(paths.__globals__, "dense24", unpacked)
+    monkeypatch.setitem(measure_table.__globals__, "compile_all", lambda weight, kinds: compiled.extend(kinds))
+    table = measure_table([(32, 64)], device="cpu", tokens=(2,), beside=beside, table=Table("cpu", "0"), replays=8)
+    (times,) = table.times.values()
+    assert {(config, 2) for config, *_ in compiled} == {
+        (Config(*path.option), 2) for path in times if path.name == "mma"
+    }
+    ups = [up for *_, up in compiled] + [up for up, _ in timed]
+    kinds = {(up.rank, up.block, up.scales is None) for up in ups}
+    assert kinds == {(beside.rank if beside.block else 8, beside.block, beside.bits == 16)}
+    assert all((given is None) == bool(beside.block) for _, given in timed)
+    # each copy of the weight has its own
+    assert len({up.values.data_ptr() for up, _ in timed}) == len(timed)
 
 
 def test_between_measured_numbers_the_larger_counts():

@@ -3,7 +3,19 @@
 from shearling.kernels.compact24 import random_24
 from shearling.runtime.accelerate import Accelerated, accelerate_
 from shearling.runtime.linear import Route, RoutedLinear
-from shearling.runtime.paths import COPIES, Branch, Path, branch_of, copy_of, decompressed, paths, product
+from shearling.runtime.paths import (
+    COPIES,
+    Beside,
+    Branch,
+    Path,
+    beside_of,
+    branch_of,
+    copy_of,
+    decompressed,
+    paths,
+    product,
+    random_branch,
+)
 from shearling.runtime.table import TOKENS, Key, Table, cached_table, measure_table, table_file
 from shearling.runtime.timing import Timing
 
@@ -11,6 +23,7 @@ __all__ = [
     "COPIES",
     "TOKENS",
     "Accelerated",
+    "Beside",
     "Branch",
     "Key",
     "Path",
@@ -19,6 +32,7 @@ __all__ = [
     "Table",
     "Timing",
     "accelerate_",
+    "beside_of",
     "branch_of",
     "cached_table",
     "copy_of",
@@ -27,5 +41,6 @@ __all__ = [
     "paths",
     "product",
     "random_24",
+    "random_branch",
     "table_file",
 ]

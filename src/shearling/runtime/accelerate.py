@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from shearling.kernels.product24 import GROUPS
 from shearling.nn import EffectiveLinear, is_linear
 from shearling.plan import Codes, Quant
 from shearling.runtime.linear import Route, RoutedLinear
-from shearling.runtime.paths import COPIES, Path, branch_of, check_group, copy_of
+from shearling.runtime.paths import COPIES, Path, beside_of, branch_of, check_group, copy_of
 from shearling.runtime.table import TOKENS, Key, Table, measure_table
 from shearling.surgery import adapters_of
 
@@ -48,11 +48,12 @@ def accelerate_(
 ) -> Accelerated:
     """Replace the 2:4 linears of a model's blocks by ones that take the fastest way for as many tokens as they get.
 
-    Ways come from ``table``, or from the device's own, kept on disk and measured where it lacks a shape. With
-    ``copies="one"`` a linear holds one copy of its weight: the one whose ways, over all numbers of tokens, lose least
-    against the fastest. With ``"fastest"`` it holds every copy that a fastest way reads. ``int4`` gives values 4
-    bits: those of a ``Quant`` of the model's weights, or rounded, with a scale for so many inputs. Branches beside a
-    linear go along, with ``int8_branches`` the factor S that their outputs have in 8 bits.
+    Ways come from ``table``, or from the device's own, kept on disk and measured where it lacks a shape; those of a
+    linear with branches are measured with them. With ``copies="one"`` a linear holds one copy of its weight: the one
+    whose ways, over all numbers of tokens, lose least against the fastest. With ``"fastest"`` it holds every copy that
+    a fastest way reads. ``int4`` gives values 4 bits: those of a ``Quant`` of the model's weights, or rounded, with a
+    scale for so many inputs. Branches beside a linear go along, with ``int8_branches`` the factor S that their outputs
+    have in 8 bits.
 
     Raises ShearlingError, before anything changes, where no linear of the blocks is 2:4, and with ``int4`` where groups
     are not of a size that there are kernels for, do not fill the inputs of a linear, or a linear has no codes.
@@ -68,18 +69,19 @@ def accelerate_(
             raise ShearlingError(f"{name}: is 2:4 and has no codes; quantise the linears of all blocks")
     left = tuple(name for name in _weights(model) if name not in found)
     like = next(iter(found.values()))
-    shapes = {(weight.shape[0], weight.shape[1]) for weight in found.values()}
-    if table is None:
-        table = measure_table(sorted(shapes), device=like.device, dtype=like.dtype, group=group, tokens=tokens)
-    dtype = str(like.dtype).removeprefix("torch.")
-    routes = {
-        shape: _routes(table, [Key(*shape, dtype, group, count) for count in sorted(tokens)], copies)
-        for shape in shapes
-    }
     branches = adapters_of(model)
+    keys = {
+        name: _key(weight, like.dtype, group, branches.down.get(name), int8_branches) for name, weight in found.items()
+    }
+    if table is None:
+        table = _measured(set(keys.values()), like, tokens)
+    routes = {
+        key: _routes(table, [key._replace(tokens=count) for count in sorted(tokens)], copies)
+        for key in set(keys.values())
+    }
     held = dense = 0
     for name, weight in found.items():
-        chosen = routes[weight.shape[0], weight.shape[1]]
+        chosen = routes[keys[name]]
         kinds = {COPIES[route.path.name] for route in chosen}
         branch = None
         if name in branches.up:
@@ -96,7 +98,7 @@ def accelerate_(
         )
         model.set_submodule(name, new)
         held += new.bytes
-    return Accelerated({name: routes[w.shape[0], w.shape[1]] for name, w in found.items()}, left, held, dense)
+    return Accelerated({name: routes[key] for name, key in keys.items()}, left, held, dense)
 
 
 def takes_codes(quant: Quant) -> bool:
@@ -139,6 +141,30 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
                 weight: Tensor = module.weight  # pyrefly: ignore[bad-assignment]
                 found[name] = weight.T if isinstance(module, Conv1D) else weight
     return found
+
+
+def _key(weight_OI: Tensor, dtype: torch.dtype, group: int, down_RI: Tensor | None, eight_bits: bool) -> Key:
+    """What ways of a linear are measured for, of no number of tokens yet; ``down_RI`` is of the branch beside it."""
+    beside = None if down_RI is None else beside_of(down_RI.to(dtype), eight_bits)
+    outputs, inputs = weight_OI.shape
+    return Key(outputs, inputs, str(dtype).removeprefix("torch."), group, 0, beside)
+
+
+def _measured(keys: Iterable[Key], like: Tensor, tokens: Sequence[int]) -> Table:
+    """The device's own table, which gains what it lacks for weights in the type of ``like``."""
+    tables = [
+        measure_table(
+            [(key.outputs, key.inputs)],
+            device=like.device,
+            dtype=like.dtype,
+            group=key.group,
+            beside=key.beside,
+            tokens=tokens,
+        )
+        for key in sorted(keys, key=lambda key: key[:2])
+    ]
+    # each reads what those before it have kept
+    return tables[-1]
 
 
 def _routes(table: Table, keys: Sequence[Key], copies: str) -> tuple[Route, ...]:

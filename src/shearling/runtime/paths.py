@@ -64,6 +64,18 @@ class Branch(NamedTuple):
     fragments: Up | None = None
 
 
+class Beside(NamedTuple):
+    """What of a branch decides which way is the fastest.
+
+    ``block`` inputs are summed up for each of its ``rank``; 0 where t is multiplied for. ``bits`` of S are 8, or 16 for
+    the type of the inputs.
+    """
+
+    rank: int
+    block: int
+    bits: int = 16
+
+
 #: which copy of the weight a way reads
 COPIES = {
     "dense": "dense",
@@ -130,6 +142,30 @@ def branch_of(down_RI: Tensor, up_OR: Tensor, kinds: Collection[str], eight_bits
     if not block and (missing := -down_RI.shape[0] % 8):
         down_RI, up_OR = F.pad(down_RI, (0, 0, 0, missing)).contiguous(), F.pad(up_OR, (0, missing)).contiguous()
     return Branch(down_RI, up_OR, up_fragments(up_OR, block=block, eight_bits=eight_bits))
+
+
+def beside_of(down_RI: Tensor, eight_bits: bool = False) -> Beside:
+    """What ``branch_of`` makes of such a ``down``, in the type of the inputs."""
+    return Beside(down_RI.shape[0], _block_of(down_RI), 8 if eight_bits else 16)
+
+
+def random_branch(outputs: int, inputs: int, beside: Beside, like: Tensor, kinds: Collection[str]) -> Branch:
+    """A random branch of a kind beside a weight [outputs, inputs], of the type and device of ``like``.
+
+    ``kinds`` as ``branch_of`` takes them. Raises ShearlingError for sums that no kernel takes, or not of all inputs.
+    """
+    rank, block, bits = beside
+    if block and (block not in SUMS or rank * block != inputs):
+        raise ShearlingError(
+            f"branch: {rank} sums of {block} out of {inputs} inputs; they must be of {', '.join(map(str, SUMS))} and "
+            "take in all inputs"
+        )
+    if block:
+        down_RI = torch.eye(rank, device=like.device).repeat_interleave(block, 1)
+    else:
+        down_RI = torch.randn(rank, inputs, device=like.device) / inputs**0.5
+    up_OR = torch.randn(outputs, rank, device=like.device) / (rank * max(block, 1)) ** 0.5
+    return branch_of(down_RI.to(like.dtype), up_OR.to(like.dtype), kinds, bits == 8)
 
 
 def _block_of(down_RI: Tensor) -> int:

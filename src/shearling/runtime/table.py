@@ -19,21 +19,32 @@ from shearling.kernels.compact24 import random_24
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.expand24 import obstacle as cpu_obstacle
 from shearling.kernels.nvrtc import obstacle
-from shearling.kernels.product24 import Fragments, compile_all, configs
+from shearling.kernels.product24 import Fragments, Up, compile_all, configs
 from shearling.plan import write_whole
-from shearling.runtime.paths import COPIES, Copy, Path, bytes_of, copy_of, paths, product
+from shearling.runtime.paths import (
+    COPIES,
+    Beside,
+    Branch,
+    Copy,
+    Path,
+    bytes_of,
+    copy_of,
+    paths,
+    product,
+    random_branch,
+)
 from shearling.runtime.timing import Timing, cpu_rounds, rounds, timed_ways
 
 #: numbers of tokens that are measured; one between two takes the larger's way, one above all the largest's
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096)
 #: raised when ways or the meaning of their options change
-_VERSION = 4
+_VERSION = 5
 
 
 class Key(NamedTuple):
     """What a way is measured for: a product with a weight [outputs, inputs] of a type.
 
-    With a ``group`` it has 4 bits, and so many inputs share a scale of that type.
+    With a ``group`` it has 4 bits, and so many inputs share a scale of that type. ``beside`` it there may be a branch.
     """
 
     outputs: int
@@ -41,6 +52,7 @@ class Key(NamedTuple):
     dtype: str
     group: int
     tokens: int
+    beside: Beside | None = None
 
 
 @dataclass
@@ -88,8 +100,9 @@ class Table:
             if content["version"] != _VERSION:
                 raise ShearlingError(f"{file}: is a table of another version; remove it, and it is measured again")
             table = cls(content["device"], content["torch"])
-            for *key, name, option, timing in content["rows"]:
-                table.times.setdefault(Key(*key), {})[Path(name, tuple(option))] = Timing(*timing)
+            for *sizes, beside, name, option, timing in content["rows"]:
+                key = Key(*sizes)._replace(beside=None if beside is None else Beside(*beside))
+                table.times.setdefault(key, {})[Path(name, tuple(option))] = Timing(*timing)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ShearlingError(f"{file}: is no table of measured times ({error}); remove it") from error
         return table
@@ -118,6 +131,7 @@ def measure_table(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     group: int = 0,
+    beside: Beside | None = None,
     tokens: Sequence[int] = TOKENS,
     table: Table | None = None,
     replays: int = 20,
@@ -126,14 +140,16 @@ def measure_table(
 ) -> Table:
     """Time all ways for weights [outputs, inputs] of those shapes, on random values that no cache holds.
 
-    ``table`` gains what it lacks, or with ``every`` all of it; ``ways`` names those to time beside dense, and others
-    keep their times. Where ``table`` is None the one on disk does, and is written back.
-    Raises ShearlingError where a shape cannot be 2:4, and where groups do not fill its inputs.
+    With ``beside`` each has a branch of that kind, which is timed too. ``table`` gains what it lacks, or with ``every``
+    all of it; ``ways`` names those to time beside dense, and others keep their times. Where ``table`` is None the one
+    on disk does, and is written back.
+    Raises ShearlingError where a shape cannot be 2:4, and where groups or a branch's sums do not fill its inputs.
     """
     kept = table is None
     table = cached_table(device) if table is None else table
     for outputs, inputs in dict.fromkeys(shapes):
-        keys = [Key(outputs, inputs, str(dtype).removeprefix("torch."), group, count) for count in tokens]
+        of = Key(outputs, inputs, str(dtype).removeprefix("torch."), group, 0, beside)
+        keys = [of._replace(tokens=count) for count in tokens]
         missing = [key for key in keys if every or key not in table.times]
         if missing:
             weight_OI = random_24(outputs, inputs, dtype, device)
@@ -151,20 +167,23 @@ def _measure(key: Key, weight_OI: Tensor, replays: int, ways: Collection[str] | 
     copies = several(
         {kind: copy_of(kind, weight_OI, key.group) for kind in dict.fromkeys(COPIES[p.name] for p in found)}
     )
+    branch = None if key.beside is None else random_branch(*key[:2], key.beside, weight_OI, copies)
     if "fragments" in copies:
-        compile_ahead(key, copies["fragments"][0])
-    steps = {p: [partial(product, p, x_MI, copy) for copy in copies[COPIES[p.name]]] for p in found}
+        compile_ahead(key, copies["fragments"][0], None if branch is None else branch.fragments)
+    pairs = {kind: with_branches(some, branch) for kind, some in copies.items()}
+    steps = {p: [partial(product, p, x_MI, *pair) for pair in pairs[COPIES[p.name]]] for p in found}
     return timed_ways(steps, weight_OI.device, replays)
 
 
-def compile_ahead(key: Key, copy: Copy) -> None:
+def compile_ahead(key: Key, copy: Copy, up: Up | None = None) -> None:
     """Compile what the ways on fragments need at once, which takes a fraction of one after another."""
     assert isinstance(copy, Fragments)
     found = configs(key.outputs, key.inputs, key.tokens, key.group > 0)
-    compile_all(copy, [(config, key.tokens, None) for config in found])
+    compile_all(copy, [(config, key.tokens, up) for config in found])
 
 
 Which = TypeVar("Which", bound=Hashable)
+Held = TypeVar("Held", bound=Copy | Branch | Up)
 
 
 def several(copies: Mapping[Which, Copy]) -> dict[Which, list[Copy]]:
@@ -178,12 +197,18 @@ def several(copies: Mapping[Which, Copy]) -> dict[Which, list[Copy]]:
     return found
 
 
-def duplicate(copy: Copy) -> Copy:
-    """The same weight in other memory."""
-    if isinstance(copy, Tensor):
-        return copy.clone()
-    parts: Any = [part.clone() if isinstance(part, Tensor) else part for part in copy]
-    return type(copy)(*parts)
+def with_branches(copies: Sequence[Copy], branch: Branch | None) -> list[tuple[Copy, Branch | None]]:
+    """Each copy of a weight and the branch beside it, which is in other memory too."""
+    return [(copy, None if branch is None else duplicate(branch)) for copy in copies]
+
+
+def duplicate(held: Held) -> Held:
+    """The same weight or branch in other memory."""
+    if isinstance(held, Tensor):
+        copied: Any = held.clone()
+        return copied
+    parts: Any = [duplicate(part) if isinstance(part, Tensor | Up) else part for part in held]
+    return type(held)(*parts)
 
 
 def _device_name(device: torch.device) -> str:
