@@ -3,12 +3,13 @@
     python benchmarks/adaptive_training.py --data DIR [--json FILE] [--quick] [--seconds S] [--variants NAME ...]
 
 All variants train on the ``corpus/*.train`` domains with the same steps: as many as the first one makes in the given
-seconds, by the pace of a short run that is thrown away with its compiling. They follow the dense model unless they say
-otherwise, and are trained at every learning rate and seed that is given. Adapted ones start from, and follow, the dense
-model after ``--adapt-tokens`` of cross-entropy on the same text. ``--mixture`` says in which proportions domains are
-read: as they come; equal; even, which is equal but none more than four times; or moved by dynamic batch loading towards
-what lags furthest behind the dense model, on windows held back for that. Scored on WikiText-2 test and the held-out
-corpora, in windows of 2048; with ``--tasks`` also on the zero-shot tasks, from their raw files.
+seconds, by the pace of a short run that is thrown away with its compiling; adapting the dense model is part of them.
+They follow the dense model unless they say otherwise, and are trained at every learning rate and seed that is given.
+Adapted ones start from, and follow, the dense model after ``--adapt-tokens`` of cross-entropy on the same text.
+``--mixture`` says in which proportions domains are read: as they come; equal; even, which is equal but none more than
+four times; or moved by dynamic batch loading towards what lags furthest behind the dense model, on windows held back
+for that. Scored on WikiText-2 test and the held-out corpora, in windows of 2048; with ``--tasks`` also on the zero-shot
+tasks, from their raw files.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ class Bench:
         )
         self.norms = input_norms(self.dense, self.tokens, 4)
         self.outcomes: dict[str, Outcome] = {}
+        #: seconds that making this dense model took, at the pace of the run
+        self.spent = 0.0
         self.adapted: Bench | None = None
 
     def parts(self, tokens: int) -> dict[str, float]:
@@ -161,7 +164,8 @@ class Bench:
         if self.adapted is None:
             own = copy.copy(self)
             steps = 2 if self.small else math.ceil(self.args.adapt_tokens / self.batch / self.length)
-            own.dense, _ = self.carry_out(VARIANTS["dense, cross-entropy"], steps, self.args.adapt_rate, 0)
+            own.dense, row = self.carry_out(VARIANTS["dense, cross-entropy"], steps, self.args.adapt_rate, 0)
+            own.spent = row["trained_tokens"] / row["tokens_per_second"]
             own.norms, own.outcomes = input_norms(own.dense, own.tokens, 4), {}
             self.adapted = own
         return self.adapted
@@ -286,8 +290,10 @@ def main() -> None:
         report_model(rows, bench, f"{'adapted, ' if adapted else ''}{start}, one-shot", model)
     steps = args.steps or (3 if args.quick else None)
     if steps is None:
-        _, row = bench.carry_out(next(iter(wanted.values())), 24, args.learning_rates[0], 0)
-        steps = round(args.seconds * row["tokens_per_second"] / (bench.batch * bench.length))
+        first = next(iter(wanted.values()))
+        own = bench.adapt() if first.adapted else bench
+        _, row = own.carry_out(first, 24, args.learning_rates[0], 0)
+        steps = max(1, int((args.seconds - own.spent) * row["tokens_per_second"] / (bench.batch * bench.length)))
     for name, variant in wanted.items():
         # multiplied by weights, few numbers take large steps
         rates = [variant.settings.learning_rate] if isinstance(variant.settings, SPP) else args.learning_rates
