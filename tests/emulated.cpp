@@ -56,9 +56,9 @@ template <class T> static void send(const T* p, const T& value, u64* inbox, u32 
     memcpy(there + address_of(p), &value, 16);
     std::atomic_ref<u64>(*(u64*)(there + address_of(inbox))) -= 16;
 }
-static void make_gathering(u64* gathering, u32 warps) { *gathering = warps; }
-static void wait_for(u64* barrier) {
-    while (std::atomic_ref<u64>(*barrier) != 0) std::this_thread::yield();
+static void wait_for_inbox(u64* inbox) {
+    cluster_meet->arrive_and_wait();
+    assert(*inbox == 0);
 }
 static void wait_for_kernel_before() {}
 static void let_next_kernel_start() {}
@@ -71,10 +71,6 @@ template <class T> static void copy16(T* shared, const T* at, bool there) {
 }
 static void wait_for_copies() {}
 static Warp& warp() { return block->warps[here_thread / 32]; }
-static void warp_is_done(u64* gathering) {
-    warp().meet.arrive_and_wait();
-    if (here_thread % 32 == 0) std::atomic_ref<u64>(*gathering) -= 1;
-}
 static Lane& lane() { return warp().lanes[here_thread % 32]; }
 static float bits_as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 static u32 float_as_bits(float f) { u32 b; memcpy(&b, &f, 4); return b; }

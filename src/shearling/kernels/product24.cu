@@ -6,10 +6,10 @@
 // outputs, and take the block's inputs in turn. Blocks of a cluster share outputs too. Sums meet in shared memory, first
 // of a block, then of the cluster, always in the same order.
 //
-// No header is needed. What is of this machine alone stands first, so that the rest also compiles as plain C++.
-//
 // S of a branch is loaded with the first weights and multiplied before them, when no sums need registers yet. What a warp
 // has of it beyond that takes turns with the weights, after them.
+//
+// No header is needed. What is of this machine alone stands first, so that the rest also compiles as plain C++.
 //
 // Macros: INT4 (0: bfloat16 values; 1: 4-bit codes), GROUP (inputs of a scale), ROW_TILES, WARPS, SPREAD, TOKEN_TILES
 // (of 8), STEPS (loads in flight, in steps), RANKS (blocks of a cluster), BLOCKS (a multiprocessor holds at least so
@@ -47,21 +47,11 @@ DEVICE void send(const Quad* shared, const Quad& q, u64* inbox, u32 rank) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];"
                  ::"r"(there), "r"(q.at[0]), "r"(q.at[1]), "r"(q.at[2]), "r"(q.at[3]), "r"(box) : "memory");
 }
-// Where every warp of the block says once that it has done its part.
-DEVICE void make_gathering(u64* gathering, u32 warps) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(gathering)), "r"(warps) : "memory");
-}
-DEVICE void warp_is_done(u64* gathering) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(gathering)) : "memory");
-}
-// until the inbox is full, or all warps are done
-DEVICE void wait_for(u64* barrier) {
+DEVICE void wait_for_inbox(u64* inbox) {
     u32 full;
     do {
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(full) : "r"(address_of(barrier)) : "memory");
+                     : "=r"(full) : "r"(address_of(inbox)) : "memory");
     } while (!full);
 }
 DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -331,9 +321,9 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
     const int rank = block_y();
     const int begin = rank * w.steps / RANKS, end = (rank + 1) * w.steps / RANKS;
 
-    // zeros, barriers, tokens (later the sums of each turn), the branch's tokens (later the block's sums), the inbox
+    // zeros, the inbox' barrier, tokens (later the sums of each turn), the branch's tokens (later the block's sums), the inbox
     Quad* zeros = shared_memory;
-    u64 *inbox = (u64*)(shared_memory + 1), *gathering = inbox + 1;
+    u64* inbox = (u64*)(shared_memory + 1);
     u16* rows = (u16*)(shared_memory + 2);
     const int stride = widest + PAD;
     const int of_tokens = tokens * stride * 2, of_turns = TURNS > 1 ? TURNS * tokens * APART * 4 : 0;
@@ -349,7 +339,6 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
         if (thread == 0) make_inbox(inbox, own_end > own_first ? (own_end - own_first) * RANKS * 16 : 0);
         cluster_arrive();
     }
-    if (BRANCH == 2 && thread == 0) make_gathering(gathering, WARPS);
 
     const int from = begin * STEP_INPUTS, width = (end - begin) * STEP_INPUTS;
     const int of_inputs = end - begin;
@@ -420,7 +409,7 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             }
         inner[m * inner_stride + c] = (u16)rounded_pair(sum, 0.f);
     }
-    warp_is_done(gathering);
+    block_sync();
 #endif
 
     Sums sums[CHAINS] = {}, part;
@@ -430,7 +419,6 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
         operand_places(at, move, inner, inner_stride, zeros, tokens, lane);
         multiply_up(sums[0], step, at, move, up);
     };
-    if (BRANCH == 2) wait_for(gathering);
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
         if (up_turn + i * TURNS < ups) multiply_up_step(own[i], up_turn + i * TURNS);
@@ -488,7 +476,7 @@ KERNEL product24(Weights w, Branch branch, const u16* x, const u16* bias, u16* y
             const Quad* four = (const Quad*)(total + i / (ROWS / 4) * APART) + i % (ROWS / 4);
             send(came + own_first + i % share, *four, inbox, i / share);
         }
-        wait_for(inbox);
+        wait_for_inbox(inbox);
     }
     for (int i = own_first + thread; i < own_end; i += WARPS * 32) {
         const int token = i / (ROWS / 4), o = i % (ROWS / 4), row = block_x() * ROWS + o * 4;
