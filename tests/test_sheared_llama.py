@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from shearling.anatomy import anatomy_of
-from shearling.captured import WARMUP
 from shearling.errors import ShearlingError
 from shearling.methods import sheared_llama
 from shearling.methods.gate_step import GateStep, penalty
@@ -23,6 +21,7 @@ from shearling.train import Distillation, Policy, TrainSettings, train
 from shearling.train.memory import training_memory
 from shearling.train.optimizers import Optimizers
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokens
+from tests.traced import Traced
 
 LENGTH = 16
 SETTINGS = TrainSettings(tokens=40 * 4 * LENGTH, length=LENGTH, batch=4, micro_batch=2, learning_rate=1e-3, log_every=1)
@@ -194,31 +193,10 @@ def test_resumes_to_the_bit(tmp_path: Any, stop: int) -> None:
         assert torch.equal(tensor, whole.state_dict()[name]), name
 
 
-class Traced:
-    """Stands in for ``Captured``: what the fourth call does is repeated by the next ones, with none of its Python."""
-
-    def __init__(self, step: Any) -> None:
-        self.step, self.calls, self.graph = step, 0, None
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.graph is not None:
-            self.graph()
-        elif self.calls == WARMUP + 1:
-            # tracing carries the step out
-            self.graph = make_fx(lambda: self.step())()
-        else:
-            self.step()
-
-
 @pytest.mark.parametrize("kept", [{}, {"hidden": 16, "query_head": 1}, {"query_head": 1}], ids=str)
 def test_captured_gates_are_the_eager_ones_to_the_bit(monkeypatch: Any, kept: dict[str, int]) -> None:
     settings = dataclasses.replace(SETTINGS, tokens=16 * 4 * LENGTH, validate_every=3)
-    made: list[Traced] = []
-
-    def traced(step: Any) -> Traced:
-        made.append(Traced(step))
-        return made[-1]
+    monkeypatch.setattr(Traced, "made", [])
 
     class Capturing(ShearingPolicy):
         def attach(self, model: Any, settings: TrainSettings) -> None:
@@ -237,10 +215,10 @@ def test_captured_gates_are_the_eager_ones_to_the_bit(monkeypatch: Any, kept: di
     # as the loop does where a step is captured
     monkeypatch.setattr(Optimizers, "zero_grad", lambda self, keep: zero_grad(self, keep=True))
     eager = run(ShearingPolicy)
-    monkeypatch.setattr(sheared_llama, "Captured", traced)
+    monkeypatch.setattr(sheared_llama, "Captured", Traced)
     captured = run(Capturing)
     # four steps of sixteen are binary
-    assert [(step.calls, step.graph is not None) for step in made] == [(12, True), (12, True)]
+    assert [(step.calls, step.graph is not None) for step in Traced.made] == [(12, True), (12, True)]
     assert eager[2:] == captured[2:]
     for space, log_alpha in eager[1].log_alpha.items():
         assert torch.equal(log_alpha, captured[1].log_alpha[space])

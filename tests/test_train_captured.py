@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from shearling.anatomy import anatomy_of
-from shearling.captured import WARMUP
+from shearling.captured import NotCapturable
+from shearling.errors import ShearlingError
 from shearling.methods.ast import ASTPolicy
 from shearling.plan.patterns import Pattern
 from shearling.recipe import AST
 from shearling.train import Policy, TrainSettings, gradients, loop, optimizers, train
 from tests.tiny import tiny_model, tiny_tokens
+from tests.traced import Traced
 
 LENGTH = 12
 # rates are sums of few powers of two: a graph reads them as float32
@@ -24,27 +24,6 @@ SETTINGS = TrainSettings(
     tokens=12 * 4 * LENGTH, length=LENGTH, batch=4, micro_batch=4, learning_rate=2**-7, warmup=4, schedule="linear",
     min_ratio=0.0, weight_decay=0.25, clip=0.5, log_every=1, checkpoint_every=1,
 )  # fmt: skip
-
-
-class Traced:
-    """As ``Captured``, but what is repeated are operations that were traced; none of the step's Python runs."""
-
-    made: ClassVar[list[Traced]] = []
-
-    def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, None
-        self.made.append(self)
-
-    @torch.no_grad()
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= WARMUP:
-            self.step()
-        elif self.graph is None:
-            # tracing carries out as well
-            self.graph = make_fx(lambda: self.step() or ())()
-        else:
-            self.graph()
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +93,20 @@ def test_a_repeated_update_is_the_eager_one(kind, traced):
     assert one.calls == 12 - skipped and one.graph is not None and found[1].skipped == skipped
     assert_same(found, start(kind, False))
     assert len(traced) == 1
+
+
+class Waiting(Policy):
+    """Does something at one step that a graph cannot hold."""
+
+    def after_backward(self, ctx):
+        if ctx.step == 4:
+            raise NotCapturable("cannot become a CUDA graph: it waits")
+
+
+def test_what_cannot_be_captured_is_told_in_a_line():
+    model = tiny_model("llama")
+    with pytest.raises(ShearlingError, match="^capture: cannot become a CUDA graph: it waits; leave it off$"):
+        train(model, tiny_tokens(10, LENGTH), [Waiting()], SETTINGS)
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shearling.captured import Captured, NotCapturable
+from shearling.captured import Captured
 from shearling.errors import ShearlingError
 from shearling.train.documents import document_positions, next_tokens
 from shearling.train.head import hidden_states, output_head
@@ -32,7 +32,8 @@ class Gradients:
     """Adds up a batch's gradients in ``.grad``, ``micro_batch`` windows at a time.
 
     With ``settings.capture`` the work on a micro-batch becomes a CUDA graph, whose launch costs next to nothing:
-    gradients and losses are then the same tensors at every step. Raises ShearlingError where that cannot be.
+    gradients and losses are then the same tensors at every step. Raises ShearlingError where that cannot be, and
+    NotCapturable where that turns out later.
     """
 
     def __init__(self, policies: Sequence[Policy], settings: TrainSettings, device: torch.device, world: World) -> None:
@@ -83,8 +84,6 @@ class Gradients:
             self._captured = _CapturedWork(partial(_work, own, self._policies, self._settings, share), buffer)
         try:
             return self._captured(ctx.input_ids)
-        except NotCapturable as error:
-            raise ShearlingError(f"capture: {error}; leave it off") from error
         except torch.OutOfMemoryError:
             self._captured = None
             raise

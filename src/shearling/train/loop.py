@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shearling.captured import NotCapturable
 from shearling.data import Domains, MemoryWindows, Windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
@@ -161,6 +162,8 @@ def train(
                 run.take_best()
             sharding.undo()
             edits = tuple(edit for policy in policies for edit in policy.finalize())
+    except NotCapturable as error:
+        raise ShearlingError(f"capture: {error}; leave it off") from error
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen_before.get(name, parameter.requires_grad))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shearling.captured import Captured, NotCapturable
+from shearling.captured import Captured
 from shearling.errors import ShearlingError
 from shearling.train.policy import Policy
 from shearling.train.settings import TrainSettings
@@ -86,10 +86,7 @@ class _Replayed:
         gradients = [p.grad for p in self._parameters]
         if self._run is None or any(map(operator.is_not, gradients, self._gradients)):
             self._gradients, self._run = gradients, Captured(self._once)
-        try:
-            self._run()
-        except NotCapturable as error:
-            raise ShearlingError(f"capture: {error}; leave it off") from error
+        self._run()
 
     def _once(self) -> None:
         with warnings.catch_warnings():
