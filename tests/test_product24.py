@@ -141,6 +141,16 @@ def test_fragments_hold_the_weight(sizes):
     assert torch.equal(unpacked(fragments_of(compact)), exact)
 
 
+def test_8_bits_are_the_nearest_with_the_scale_that_is_kept():
+    up = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 64)[:, None]
+    codes, scales = in_8_bits(up)
+    assert codes.abs().max() <= 127 and torch.equal(codes, codes.round())
+    largest = up.abs().amax(1) / 127
+    # a bfloat16 has 8 bits
+    assert scales.dtype == torch.bfloat16 and ((scales.float() - largest).abs() <= largest * 2**-8).all()
+    assert ((codes * scales[:, None].float() - up).abs() <= 0.5001 * scales[:, None].float()).all()
+
+
 @needs_compiler
 @pytest.mark.parametrize("given", CASES, ids=str)
 def test_kernel_by_the_manual(given, folder):

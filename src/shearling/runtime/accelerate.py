@@ -19,7 +19,7 @@ from shearling.nn import EffectiveLinear, is_linear
 from shearling.plan import Codes, Quant
 from shearling.runtime.linear import Route, RoutedLinear
 from shearling.runtime.paths import COPIES, Path, beside_of, branch_of, check_group, copy_of
-from shearling.runtime.table import TOKENS, Key, Table, measure_table
+from shearling.runtime.table import TOKENS, Key, Table, cached_table, measure_table, table_file
 from shearling.surgery import adapters_of
 
 
@@ -151,8 +151,9 @@ def _key(weight_OI: Tensor, dtype: torch.dtype, group: int, down_RI: Tensor | No
 
 
 def _measured(keys: Iterable[Key], like: Tensor, tokens: Sequence[int]) -> Table:
-    """The device's own table, which gains what it lacks for weights in the type of ``like``."""
-    tables = [
+    """The device's own table, which gains what it lacks for weights in the type of ``like``, and is kept."""
+    table = cached_table(like.device)
+    for key in sorted(keys, key=lambda key: key[:2]):
         measure_table(
             [(key.outputs, key.inputs)],
             device=like.device,
@@ -160,11 +161,10 @@ def _measured(keys: Iterable[Key], like: Tensor, tokens: Sequence[int]) -> Table
             group=key.group,
             beside=key.beside,
             tokens=tokens,
+            table=table,
         )
-        for key in sorted(keys, key=lambda key: key[:2])
-    ]
-    # each reads what those before it have kept
-    return tables[-1]
+    table.save(table_file(like.device))
+    return table
 
 
 def _routes(table: Table, keys: Sequence[Key], copies: str) -> tuple[Route, ...]:
