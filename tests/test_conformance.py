@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from shearling.anatomy import BlockShape, anatomy_of, expressible, obstacle
@@ -95,6 +96,16 @@ def subsets(size: int) -> st.SearchStrategy[tuple[int, ...]]:
     return st.sets(st.integers(0, size - 1), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
 
 
+class Wide(TorchFunctionMode):
+    """Within, float64 stays float64: norms cast to float32, which one of few dimensions magnifies to 1e-4."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        narrowing = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:])
+        if narrowing and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
@@ -120,7 +131,8 @@ def test_any_shape(family: str, data: st.DataObject) -> None:
     expected = logits(gated)
     # a norm after a block that is left with one channel magnifies the rounding of sums in another order
     torch.testing.assert_close(logits(cut), expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
-    torch.testing.assert_close(logits(copy.deepcopy(cut).double()), logits(gated.double()), atol=1e-5, rtol=0)
+    with Wide():
+        torch.testing.assert_close(logits(copy.deepcopy(cut).double()), logits(gated.double()), atol=1e-5, rtol=0)
     with tempfile.TemporaryDirectory() as folder:
         save_model(cut, None, Path(folder) / "model", provenance={})
         reloaded = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
