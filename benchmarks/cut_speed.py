@@ -54,6 +54,7 @@ def structure(model: Any, sparsity: float, *, uniform: bool, multiple: int) -> S
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--repeats", type=int, default=3, help="timings of which the median counts")
+    parser.add_argument("--only", nargs="+", default=[""], help="beside dense the cuts whose names have one of these")
     args = parser.parse_args()
     gpu = args.device.startswith("cuda")
     if gpu:
@@ -75,6 +76,8 @@ def main() -> None:
         for what, target in SHEARED["cuda" if gpu else "cpu"].items():
             variants.append((what, leading(anatomy, target_anatomy(anatomy, target), range(target.layers))))
     for what, cut in variants:
+        if cut is not None and not any(part in what for part in args.only):
+            continue
         model = copy.deepcopy(dense)
         if cut is not None:
             cut_(model, [cut])

@@ -73,7 +73,7 @@ class Bench:
         self.small = args.quick or not self.gpu
         self.dense: Any = load_model(args.model, dtype=torch.float32, device=args.device)
         self.tokenizer = tokenizer = load_tokenizer(args.model)
-        self.length, self.batch = (64, 4) if self.small else (1024, 32)
+        self.length, self.batch = (64, 4) if self.small else (1024, args.batch)
         self.text = mixture(args.data, tokenizer, 4000 if self.small else 10**9, self.length)
         num, length = (4, 128) if self.small else (64, 2048)
         domains = mixture(args.data, tokenizer, num * length, length)
@@ -206,6 +206,7 @@ class Bench:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=float, help="of plain training of the cut model, which set the FLOPs")
+    parser.add_argument("--batch", type=int, default=16, help="windows of 1024 tokens")
     parser.add_argument("--pruning-share", type=float, default=0.3, help="of the FLOPs that the gates' stage takes")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--gate-stage-rate", type=float, default=3e-4, help="learning rate of the weights beside gates")
