@@ -16,7 +16,9 @@ from torch import Tensor
 import shearling.methods.ranking as ranking
 from shearling.anatomy import BlockShape, anatomy_of, expressible
 from shearling.errors import RecipeError, ShearlingError
-from shearling.methods.ranking import Scores, drawn, heads_of_groups, highest, plan_ranked, swept
+from shearling.methods.hard_concrete import most_open
+from shearling.methods.ranking import Scores, drawn, heads_of_groups, highest, plan_ranked, swept, unit_scores
+from shearling.methods.sheared_llama import gate_shapes, structure_of
 from shearling.methods.stages import plan_stage, preview_recipe
 from shearling.plan import Structure, target_anatomy
 from shearling.recipe import Ranked, Recipe, Target, parse_recipe
@@ -317,3 +319,17 @@ def test_the_memory_of_a_projection_is_told() -> None:
     # itself, its gradient and two moments
     assert peak(16, layerwise=1) - peak(16) == 16 * 16 * 32
     assert peak(32, layerwise=1) == peak(32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_of_units_lead_to_the_ranked_cut(family: str) -> None:
+    model, tokens = tiny_model(family), tiny_tokens(4, 12)
+    anatomy, scores = anatomy_of(model.config), unit_scores(model, tokens, batch=2)
+    assert {space: tuple(score.shape) for space, score in scores.items()} == gate_shapes(anatomy)
+    groups = anatomy.shapes[0].kv_heads // 2
+    each = anatomy.shapes[0].query_heads // anatomy.shapes[0].kv_heads
+    keep = {"layers": 2, "hidden": 16, "kv_group": groups, "query_head": each, "ffn": 20}
+    stays = structure_of(anatomy, {space: most_open(scores[space], count) for space, count in keep.items()})
+    heads = each * groups
+    after = plan_ranked(model, tokens, ranked("minitron", layers=2, hidden=16, heads=heads, kv_heads=groups, ffn=20))
+    assert dict(stays.kept).items() >= kept_of(after).items()

@@ -278,9 +278,11 @@ def test_budgets(target: dict[str, object], bound: tuple[str, float], tmp_path: 
         ({"target_warmup": 0.9, "binary": 0.2}, "binary = 0.2: gates would be 0 or 1 before the targets have risen"),
         ({"target_warmup": 1.0}, "target_warmup = 1.0: must be less than 1"),
         ({"target_schedule": "cosine"}, "target_schedule = 'cosine': must be 'linear' or 'cubic'"),
+        ({"gate_start": "closed"}, "gate_start = 'closed': must be 'open' or 'ranked'"),
+        ({"multiplier_learning_rate": 0}, "multiplier_learning_rate = 0: must be greater than 0"),
     ],
 )
-def test_targets_must_rise_in_time(changes: dict[str, object], what: str) -> None:
+def test_settings_of_gates_that_make_no_sense(changes: dict[str, object], what: str) -> None:
     content = with_target({"parameters": 0.5})
     content["stages"][0].update(changes)
     with pytest.raises(RecipeError, match=f"^recipe: shear.{what}[^\n]*$"):

@@ -444,6 +444,7 @@ def sheared(tmp_path: Path) -> Recipe:
     content = yaml.safe_load(make_recipe(tmp_path).read_text())
     recover = {key: value for key, value in content["stages"][1].items() if key != "mean_rank"}
     shear = {**recover, "stage": "shear", "method": "sheared-llama", "target": SMALL_TARGET, "distill": 1.0}
+    shear["gate_start"] = "ranked"
     return parse_recipe({**content, "stages": [shear, {**recover, "method": "full"}]})
 
 

@@ -73,6 +73,42 @@ def test_the_cut_model_is_the_gated_one(family: str, hidden: dict[str, int]) -> 
         torch.testing.assert_close(model(tiny_tokens(), use_cache=False).logits, last.logits, atol=1e-4, rtol=0)
 
 
+def test_gates_start_in_the_order_of_scores() -> None:
+    anatomy = anatomy_of(tiny_config("llama"))
+    scores = {space: torch.randn(shape, dtype=torch.float64) for space, shape in gate_shapes(anatomy).items()}
+    policy = ShearingPolicy(anatomy, KEEP, Shearing(), scores)
+    policy.attach(tiny_model("llama"), SETTINGS)
+    for space, log_alpha in policy.log_alpha.items():
+        # evenly spaced from 2 to log 100, but for noise of a hundredth
+        expected = torch.empty(log_alpha.shape)
+        evenly = torch.linspace(2, LIMIT, log_alpha.shape[-1])
+        expected.scatter_(-1, scores[space].argsort(dim=-1), evenly.expand(log_alpha.shape))
+        assert (log_alpha.detach() - expected).abs().max() < 0.06, space
+        assert (log_alpha <= LIMIT).all()
+
+
+def test_gates_and_multipliers_have_rates_of_their_own() -> None:
+    model = tiny_model("llama")
+    anatomy = anatomy_of(model.config)
+    # in an order, many gates are not so open that no gradient comes through
+    scores = {space: torch.randn(shape) for space, shape in gate_shapes(anatomy).items()}
+    policy = ShearingPolicy(anatomy, {"ffn": 20}, Shearing(learning_rate=0.25, multiplier_rate=8.0), scores)
+    seen: list[torch.Tensor] = []
+
+    class See(Policy):
+        def after_backward(self, ctx: Any) -> None:
+            seen.append(policy.log_alpha["ffn"].detach().clone())
+
+        def after_step(self, ctx: Any) -> None:
+            # Adam's first step is its rate, whatever the gradient
+            moved = (policy.log_alpha["ffn"].detach() - seen[0]).abs().max().item()
+            assert moved == pytest.approx(0.25 * ctx.rate, rel=1e-3)
+            assert policy.multipliers["ffn"][0].abs().item() == pytest.approx(8 * ctx.rate, rel=1e-3)
+
+    train(model, windows(), [policy, See()], dataclasses.replace(SETTINGS, tokens=4 * LENGTH))
+    assert len(seen) == 1
+
+
 def test_gates_reach_their_targets() -> None:
     model, events = tiny_model("llama"), []
     policy = ShearingPolicy(anatomy_of(model.config), KEEP, Shearing())

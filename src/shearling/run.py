@@ -20,7 +20,7 @@ from shearling.export import check_storable, plan_record, save_model
 from shearling.methods.ast import input_norms, masks_of, unmask_
 from shearling.methods.corpora import dynamic_loading, separator_of, training_windows, validation_windows
 from shearling.methods.quantise import plan_quantised
-from shearling.methods.ranking import preview_target
+from shearling.methods.ranking import preview_target, unit_scores
 from shearling.methods.recovery import made_trainable, recovery_settings
 from shearling.methods.stages import as_saved, budget_of, in_shape, preview_recipe, with_target
 from shearling.methods.teaching import check_teacher, teaching
@@ -344,12 +344,15 @@ class _Session:
         text = training_windows(recipe, stage, self.dense[1])
         held_out = validation_windows(stage, self.dense[1])
         settings = recovery_settings(recipe, stage, separator_of(stage, self.dense[1]))
-        masks, norms = masks_of(outcome.edits) if isinstance(stage, AST | SPP) else None, None
+        masks, norms, scores = masks_of(outcome.edits) if isinstance(stage, AST | SPP) else None, None, None
         if isinstance(stage, AST):
             unmask_(model, dense, outcome.edits, masks_alone=stage.slorb is not None)
             if stage.needs_norms:
                 norms = input_norms(dense, calibration_windows(recipe, self.dense[1]), recipe.calibration.batch)
-        model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms)
+        if isinstance(stage, Shear) and stage.gate_start == "ranked":
+            tokens = calibration_windows(recipe, self.dense[1])
+            scores = unit_scores(dense, tokens, batch=recipe.calibration.batch, on_event=self._say)
+        model, policies = made_trainable(recipe, stage, model, outcome.plan, masks, norms, scores)
 
         def tell(event: dict[str, Any]) -> None:
             if self.world.first:

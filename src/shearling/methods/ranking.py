@@ -80,6 +80,22 @@ def preview_target(model: Any, settings: Ranked | Shear, name: str = "") -> Plan
     return plan_of(name, settings.method, anatomy, inventory, [cut])
 
 
+def unit_scores(model: Any, tokens: Tensor, *, batch: int = 8, on_event: OnEvent | None = None) -> dict[str, Tensor]:
+    """Minitron's scores by calibration windows [num, T], shaped as the gates of a model whose blocks are alike.
+
+    ``layers`` [L], ``hidden``, ``kv_group`` [L, G], ``query_head`` [L, G, R], ``ffn`` [L, F].
+    """
+    anatomy, scores = anatomy_of(model.config), swept(Walk(model, tokens, batch=batch), on_event=on_event)
+    heads_LGR = torch.stack(list(scores.heads)).unflatten(1, (anatomy.shapes[0].kv_heads, -1))
+    return {
+        "layers": scores.layers,
+        "hidden": scores.hidden,
+        "kv_group": heads_LGR.sum(-1),
+        "query_head": heads_LGR,
+        "ffn": torch.stack(list(scores.ffn)),
+    }
+
+
 def highest(anatomy: Anatomy, after: Anatomy, scores: Scores) -> Structure:
     """The cut to ``after``, uniform, that keeps what scores highest; of equal ones the first."""
     shape, source = after.shapes[0], anatomy.shapes[0]

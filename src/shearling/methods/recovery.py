@@ -53,10 +53,12 @@ def made_trainable(
     plan: Plan,
     masks: Mapping[str, Tensor] | None = None,
     norms: Mapping[str, Tensor] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, list[Policy]]:
     """The cut model in the precision it is trained in, and the policies that say which of its parameters are.
 
-    ``masks`` are as ``ASTPolicy`` and ``SPPPolicy`` have them, ``norms`` as ``ASTPolicy``.
+    ``masks`` are as ``ASTPolicy`` and ``SPPPolicy`` have them, ``norms`` as ``ASTPolicy``, ``scores`` as
+    ``ShearingPolicy``.
     """
     if isinstance(stage, Adapt | Full):
         # an optimizer's small steps vanish in half precision
@@ -64,12 +66,13 @@ def made_trainable(
     if isinstance(stage, Shear):
         shearing = Shearing(
             stage.gate_learning_rate,
+            stage.multiplier_learning_rate,
             stage.target_warmup,
             stage.target_schedule,
             stage.binary,
             stage.closed == "corrected",
         )
-        return model.float(), [ShearingPolicy(plan.anatomy_before, kept_of(plan.anatomy_after), shearing)]
+        return model.float(), [ShearingPolicy(plan.anatomy_before, kept_of(plan.anatomy_after), shearing, scores)]
     if isinstance(stage, AST):
         assert isinstance(recipe.first, Sparsify), "recipes let ast follow masks alone"
         return model.float(), [ASTPolicy(anatomy_of(model.config), pattern_of(recipe.first), stage, masks, norms)]

@@ -44,6 +44,8 @@ from shearling.train import Policy, StepContext, TrainSettings, decay_groups
 
 #: log-alpha of an open gate at the start, and the noise on it (before the bound)
 START, SPREAD = 5.0, 0.01
+#: log-alpha of the lowest gate of a row at the start, where they start in an order
+LOWEST = 2.0
 #: units that stay and whose gate is below this, without noise, are dead when the gates are made 0 or 1
 ALIVE = 0.9
 
@@ -52,12 +54,14 @@ ALIVE = 0.9
 class Shearing:
     """How gates are learned.
 
-    ``learning_rate`` is of gates and multipliers, and follows the schedule of the weights'. ``warmup`` is the share of
-    the steps over which the targets rise: evenly, or with ``rise`` cubic most of it early, so that units go fast while
-    many are superfluous and slowly in the end. ``binary`` is the share, at the end, in which gates are 0 or 1.
+    ``learning_rate`` is of gates and ``multiplier_rate`` of multipliers; both follow the schedule of the weights'.
+    ``warmup`` is the share of the steps over which the targets rise: evenly, or with ``rise`` cubic most of it early,
+    so that units go fast while many are superfluous and slowly in the end. ``binary`` is the share, at the end, in
+    which gates are 0 or 1.
     """
 
     learning_rate: float = 1.0
+    multiplier_rate: float = 1.0
     warmup: float = 0.2
     rise: Literal["linear", "cubic"] = "linear"
     binary: float = 0.05
@@ -68,11 +72,19 @@ class ShearingPolicy(Policy):
     """Learns the gates that cut a model to the counts of ``keep``; all weights are trained with them.
 
     ``keep`` has, of ``layers``, ``hidden``, ``kv_group``, ``query_head`` (in a group) and ``ffn``, those that are cut,
-    each with how many of a row stay. ``finalize`` leaves the stock model as it was trained, and returns the Structure
-    that cuts it to the model the last steps trained. Raises ShearlingError for a count that the model has not.
+    each with how many of a row stay. Gates start open, all alike; or with ``scores`` of all units, shaped as
+    ``gate_shapes`` has them, those of a row evenly spaced in their order, the lowest the nearest to being closed.
+    ``finalize`` leaves the stock model as it was trained, and returns the Structure that cuts it to the model the last
+    steps trained. Raises ShearlingError for a count that the model has not.
     """
 
-    def __init__(self, anatomy: Anatomy, keep: Mapping[str, int], shearing: Shearing) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        keep: Mapping[str, int],
+        shearing: Shearing,
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> None:
         sizes = gate_shapes(anatomy)
         for space, count in keep.items():
             if not 1 <= count <= sizes[space][-1]:
@@ -86,6 +98,7 @@ class ShearingPolicy(Policy):
         self.multipliers = {space: nn.Parameter(torch.zeros(2)) for space in self.keep}
         #: how many of the units that stay were dead when the gates were made 0 or 1, by space; None until then
         self.dead: dict[str, int] | None = None
+        self._scores = scores
         self._model: Any = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._hooks = ExitStack()
@@ -102,7 +115,8 @@ class ShearingPolicy(Policy):
         self._gates = GateStep(shapes, shape.query_heads // shape.kv_heads, self.shearing.corrected, device)
         for space, log_alpha in self._gates.parts(self._gates.log_alpha).items():
             # drawn on the CPU, so that a seed means the same on every device
-            start = START + SPREAD * torch.randn(log_alpha.shape)
+            noise = SPREAD * torch.randn(log_alpha.shape)
+            start = noise + (START if self._scores is None else in_order(self._scores[space]))
             log_alpha.copy_(start.clamp_(-LIMIT, LIMIT))
             # anew: with data of another kind put into it, such as fake tensors, a parameter would end on meta
             self.log_alpha[space] = nn.Parameter(log_alpha)
@@ -115,14 +129,19 @@ class ShearingPolicy(Policy):
         return decay_groups(self._model.parameters(), self._weight_decay)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        rate = self.shearing.learning_rate
+        gates, multipliers = self._rates
         groups = [
-            {"params": list(self.log_alpha.values()), "lr": rate},
-            {"params": list(self.multipliers.values()), "lr": rate, "maximize": True},
+            {"params": list(self.log_alpha.values()), "lr": gates},
+            {"params": list(self.multipliers.values()), "lr": multipliers, "maximize": True},
         ]
         device = self._gates.log_alpha.device.type
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=device in ("cpu", "cuda"))
         return self._optimizer
+
+    @property
+    def _rates(self) -> tuple[float, float]:
+        """Learning rates of gates and of multipliers."""
+        return self.shearing.learning_rate, self.shearing.multiplier_rate
 
     def capturable(self) -> bool:
         return True
@@ -137,8 +156,8 @@ class ShearingPolicy(Policy):
 
     def after_backward(self, ctx: StepContext) -> None:
         assert self._optimizer is not None
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.shearing.learning_rate * ctx.rate
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * ctx.rate
         if self.dead is not None:
             for parameter in (*self.log_alpha.values(), *self.multipliers.values()):
                 # a gradient of zero would let them drift on
@@ -265,6 +284,12 @@ class ShearingPolicy(Policy):
     def _count_dead(self, space: str) -> int:
         log_alpha = self.log_alpha[space]
         return int((most_open(log_alpha, self.keep[space]) & (settled(log_alpha) < ALIVE)).sum())
+
+
+def in_order(scores: Tensor) -> Tensor:
+    """Log-alphas of units by their scores along the last axis: the lowest at LOWEST, the highest at the bound."""
+    places = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return LOWEST + (LIMIT - LOWEST) * places / max(1, scores.shape[-1] - 1)
 
 
 def gate_shapes(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:

@@ -278,8 +278,11 @@ class Shear(Train):
     target: ShapeOrBudget
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     warmup: Annotated[float, Field(ge=0)] = 0.1
-    #: of gates and multipliers; follows the same schedule
+    #: of gates and of multipliers; both follow the same schedule
     gate_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    multiplier_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    #: all gates open, or in the order of Minitron's activations, measured on the calibration text
+    gate_start: Literal["open", "ranked"] = "open"
     #: share of the steps over which the targets rise
     target_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
     #: how: evenly, or as 1 - (1 - x)^3, fast at first and slowly in the end
