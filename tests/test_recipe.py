@@ -241,7 +241,10 @@ def with_target(target: object, method: str = "sheared-llama") -> dict[str, obje
         ({"latency": 0.5, "context": 0}, "target.context = 0: must be greater than or equal to 1"),
         ({"bytes": 0.5, "context": 64, "batch": 2}, "has batch, context, which only a latency is measured by"),
         ({"layers": 3, "latency": 0.5}, "has layers of a shape and latency of a budget"),
-        ({"flops": 0.5, "profile": "deep"}, "target.profile = 'deep': must be 'balanced', 'deeper' or 'shallower'"),
+        (
+            {"flops": 0.5, "profile": "deep"},
+            "profile = 'deep': must be 'balanced', 'deeper', 'shallower' or 'depth'",
+        ),
         ({}, "target = {}: needs at least one of layers, hidden, heads, kv_heads, ffn"),
         (0.5, "target = 0.5: must be"),
     ],
@@ -259,6 +262,7 @@ def test_targets_that_are_neither_a_shape_nor_a_budget(method: str, target: obje
         ({"parameters": 70000000, "profile": "deeper"}, ("parameters", 70000000)),
         ({"bytes": "2e8"}, ("bytes", 2e8)),
         ({"flops": 0.5, "profile": "shallower"}, ("flops_per_token", 0.5)),
+        ({"bytes": 0.5, "profile": "depth"}, ("bytes", 0.5)),
         ({"latency": 12.5, "phase": "prefill", "batch": 4}, ("milliseconds", 12.5)),
     ],
 )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from shearling.anatomy import BlockShape, anatomy_of, expressible
 from shearling.errors import ShearlingError
 from shearling.plan import (
     HEADINGS,
+    Width,
     inventory_after,
     inventory_of,
     leading,
@@ -23,6 +28,7 @@ from shearling.plan import (
     shape_after,
     sizes,
     target_anatomy,
+    widths,
 )
 from shearling.recipe import Budget, Target
 from tests.tiny import FAMILIES, tiny_config, tiny_model
@@ -179,12 +185,12 @@ def test_proposals_use_a_budget_to_one_percent(size: dict[str, Any], of: Any, bu
     model = on_meta("llama", **size)
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     found = propose_shapes(anatomy, inventory, budget, of)
-    assert [proposal.name for proposal in found] == ["balanced", "deeper", "shallower"]
-    balanced, deeper, shallower = (proposal.target for proposal in found)
+    assert [proposal.name for proposal in found] == ["balanced", "deeper", "shallower", "depth"]
+    balanced, deeper, shallower, _ = (proposal.target for proposal in found)
     assert deeper.layers >= balanced.layers > shallower.layers
     # a step of 64 channels is 2 % of the small model
     assert size is SMOLLM2 or shallower.hidden > balanced.hidden > deeper.hidden
-    for proposal in found:
+    for proposal in found[:3]:
         assert budget * (0.98 if size is SMOLLM2 else 0.99) <= proposal.share <= budget
         assert proposal.target.hidden % 64 == 0
         assert proposal.target.ffn % 64 == 0
@@ -196,6 +202,8 @@ def test_rows_of_a_proposal_are_those_of_the_built_model() -> None:
     found = propose_shapes(anatomy_of(source.config), inventory_of(source), 2_700_000_000)
     for proposal in found:
         target = proposal.target
+        # whole layers leave up to one of 202 million unused
+        least = 2_700_000_000 * (0.92 if proposal.name == "depth" else 0.99)
         built = on_meta(
             "llama",
             **{
@@ -209,7 +217,7 @@ def test_rows_of_a_proposal_are_those_of_the_built_model() -> None:
         )
         parameters = sum(p.numel() for p in built.parameters())
         assert proposal.sizes.parameters == parameters
-        assert 0.99 * 2_700_000_000 <= parameters <= 2_700_000_000
+        assert least <= parameters <= 2_700_000_000
         row = dict(zip(HEADINGS, proposal.row(), strict=True))
         assert row["parameters"] == f"{parameters:,}"
         assert row["layers"] == str(target.layers)
@@ -287,7 +295,7 @@ def test_a_budget_means_the_shape_that_is_proposed_for_its_profile() -> None:
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     found = {proposal.name: proposal for proposal in propose_shapes(anatomy, inventory, 0.5)}
     assert resolve_target(anatomy, inventory, Budget(parameters=0.5)) == found["balanced"].target
-    for profile in ("deeper", "shallower"):
+    for profile in ("deeper", "shallower", "depth"):
         named = Budget(parameters=0.5 * 134515008, profile=profile)
         assert resolve_target(anatomy, inventory, named) == found[profile].target
     exact = Target(layers=20)
@@ -300,6 +308,121 @@ def test_a_budget_means_the_shape_that_is_proposed_for_its_profile() -> None:
 def test_a_profile_without_a_shape_of_its_own_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(
-        ShearlingError, match=r"^target.profile = 'deeper': this budget has only balanced; choose that$"
+        ShearlingError, match=r"^target.profile = 'deeper': this budget has only balanced, depth; choose that$"
     ):
         resolve_target(anatomy_of(model.config), inventory_of(model), Budget(parameters=0.7, profile="deeper"))
+
+
+# --- whole layers
+
+
+def full_width(layers: int) -> Target:
+    """SmolLM2 with fewer layers."""
+    return Target(layers=layers, hidden=576, heads=9, kv_heads=3, ffn=1536)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.75, 28312128 + 7 * 3540096, 28312128 + 8 * 3540096 - 1])
+def test_depth_keeps_all_widths_and_as_many_layers_as_fit(budget: float) -> None:
+    model = on_meta("llama", **SMOLLM2)
+    *_, last = propose_shapes(anatomy_of(model.config), inventory_of(model), budget)
+    # embeddings and the last norm; a block of attention, feed-forward layer and two norms
+    base, block = 49152 * 576 + 576, 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+    allowed = budget * (base + 30 * block) if budget < 1 else budget
+    layers = math.floor((allowed - base) / block)
+    assert (last.name, last.target) == ("depth", full_width(layers))
+    assert last.sizes.parameters == base + layers * block <= allowed < last.sizes.parameters + block
+
+
+@pytest.mark.parametrize(("layers", "budget"), [(1, 0.9), (3, 0.2)])
+def test_depth_is_not_proposed_where_no_whole_layer_may_go_or_stay(layers: int, budget: float) -> None:
+    model = tiny_model("llama", num_hidden_layers=layers, vocab_size=400)
+    found = propose_shapes(anatomy_of(model.config), inventory_of(model), budget, hidden_multiple=8, ffn_multiple=8)
+    assert "depth" not in {proposal.name for proposal in found}
+
+
+# --- milliseconds
+
+#: of layers, width and channels
+Time = Callable[[int, Width, int], float]
+
+
+def in_milliseconds(time: Time, budget: float, size: dict[str, Any] = SMOLLM2) -> dict[str, Target]:
+    model = on_meta("llama", **size)
+    anatomy = anatomy_of(model.config)
+
+    def at(width: Width, layers: int, ffn: int) -> float:
+        return time(layers, width, ffn)
+
+    measured = {width: partial(at, width) for width in widths(anatomy)}
+    found = propose_shapes(anatomy, inventory_of(model), budget, "milliseconds", measured=measured)
+    return {proposal.name: proposal.target for proposal in found}
+
+
+def test_where_width_is_free_the_widest_wins() -> None:
+    for budget, layers in ((18.0, 18), (18.7, 18), (1.0, 1)):
+        assert in_milliseconds(lambda layers, *_: layers, budget) == {"balanced": full_width(layers)}
+    # below one layer's time nothing is left to take
+    with pytest.raises(ShearlingError, match="the smallest shape of this grid has 1; allow more"):
+        in_milliseconds(lambda layers, *_: layers, 0.03)
+
+
+def test_where_width_is_nearly_free_parameters_are_not_given_for_time() -> None:
+    def nearly(layers: int, width: Width, ffn: int) -> float:
+        return layers * (0.8 + 0.1 * width.hidden / 576 + 0.1 * ffn / 1536)
+
+    # 20 layers, a third as wide, would take 18 milliseconds, too; and 18 of full width may leave some unused
+    assert in_milliseconds(nearly, 18.0) == {"balanced": full_width(18)}
+    assert in_milliseconds(nearly, 18.4) == {"balanced": full_width(18)}
+
+
+def test_depth_comes_last_of_a_latency() -> None:
+    def time(layers: int, width: Width, ffn: int) -> float:
+        return 2 + layers * (0.5 + 0.5 * width.hidden / 576 * (0.3 * width.heads / 9 + 0.7 * ffn / 1536))
+
+    found = in_milliseconds(time, 20.5)
+    names = ["balanced", "deeper", "shallower", "depth"]
+    assert list(found) == [name for name in names if name in found]
+    assert found["depth"] == full_width(18)
+
+
+def test_where_time_goes_with_parameters_shapes_keep_their_proportions() -> None:
+    def time(layers: int, width: Width, ffn: int) -> float:
+        block = width.hidden * (128 * (2 * width.heads + 2 * width.kv_heads) + 3 * ffn + 2)
+        return (width.hidden * (64000 + 1) + layers * block) / 1e6
+
+    for budget in (0.3, 0.5, 0.75):
+        model = on_meta("llama", **LLAMA2_7B)
+        counted = propose_shapes(anatomy_of(model.config), inventory_of(model), budget)
+        found = in_milliseconds(time, budget, LLAMA2_7B)
+        assert found == {proposal.name: proposal.target for proposal in counted}
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    budget=st.floats(0.1, 0.9),
+    channel=st.sampled_from((0.0, 0.001, 0.01)),
+    stream=st.sampled_from((0.0, 0.5)),
+    steps=st.sampled_from((1, 3)),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_shape_is_proposed_that_another_as_fast_has_all_of_and_more(
+    seed: int, budget: float, channel: float, stream: float, steps: int
+) -> None:
+    draw = random.Random(seed)
+    # few times, so that many widths take the same; they need not grow with the width
+    noise = {width: draw.randrange(steps) / 4 for width in widths(anatomy_of(tiny_config("llama", **SMOLLM2)))}
+
+    def time(layers: int, width: Width, ffn: int) -> float:
+        return layers * (1 + stream * width.hidden / 576 + noise[width] + channel * ffn / 64)
+
+    whole = time(30, Width(576, 9, 3), 1536)
+    for target in in_milliseconds(time, budget, SMOLLM2).values():
+        assert target.layers and target.hidden and target.heads and target.kv_heads and target.ffn
+        own = (target.hidden, target.heads, target.kv_heads, target.ffn)
+        took = time(target.layers, Width(*own[:3]), target.ffn)
+        assert took <= budget * whole
+        for width in noise:
+            for ffn in range(64, 1537, 64):
+                more = (*width, ffn)
+                if more != own and all(a >= b for a, b in zip(more, own, strict=True)):
+                    assert time(target.layers, width, ffn) > budget * whole

@@ -1,10 +1,11 @@
-"""From a budget to shapes that meet it: one in balance, one with all layers, one with fewer and wider ones."""
+"""From a budget to shapes that meet it: in balance, with all layers, with fewer and wider ones, or with whole ones."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,9 +22,10 @@ Quantity = Literal["parameters", "bytes", "flops_per_token", "milliseconds"]
 Cost = Callable[[int, int], float]
 
 #: by which power of the budget's share the layers shrink. Where widths shrink alike, parameters go with layers x
-#: width^2: at 0 the widths do it all, at 1/2 half of it falls to the layers
+#: width^2: at 0 the widths do it all, at 1/2 half of it falls to the layers. ``depth`` is beside them: widths stay
 PROFILES = {"balanced": 0.25, "deeper": 0.0, "shallower": 0.5}
-#: a shape that leaves more than this share of the budget unused is chosen only where none uses more
+#: a shape that leaves more than this share of the budget unused is chosen only where none uses more; not so of
+#: milliseconds, where what counts is what is kept, not what is spent
 SLACK = 0.01
 #: nor one where hidden, heads and ffn keep shares this much apart, whatever it uses: a full-width stream with one head
 STRETCH = 2.0
@@ -76,24 +78,29 @@ def propose_shapes(
 ) -> list[Proposal]:
     """Shapes that use a budget to 1 % where the grid allows and never exceed it: ``balanced`` first, then the others.
 
+    ``depth``, the last, keeps all widths and as many layers as the budget allows, and may leave up to a layer unused.
     ``budget`` below 1 is a share of what the model has, else a number. ``hidden`` and ``ffn`` are multiples, or stay;
     where the config states no head_dim, ``hidden`` is heads x head_dim. A shape that two profiles share is named once.
     A budget of ``milliseconds`` needs what was ``measured``: the cost by width, the model's own among them; only those
-    widths are proposed. Raises ShearlingError for milliseconds that were not measured, and for a budget that is not
+    widths are proposed. Time need not go with size, so there shapes are chosen that keep many parameters, also where
+    they leave time unused. Raises ShearlingError for milliseconds that were not measured, and for a budget that is not
     below the model's own, or that no shape of the grid meets.
     """
     target_anatomy(anatomy, Target(layers=anatomy.num_layers))
+    # all blocks are alike
+    counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
     costs: dict[Width, Cost]
+    parameters: dict[Width, Cost] | None = None
     if of == "milliseconds":
         if measured is None:
             raise ShearlingError(f"budget = {budget:g} {of}: needs the model measured first (measure_latency)")
         costs = dict(measured)
+        parameters = {width: _counted(anatomy, counted, width, "parameters") for width in costs}
     else:
-        # all blocks are alike
-        counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
         costs = {width: _counted(anatomy, counted, width, of) for width in widths(anatomy, hidden_multiple)}
     source = anatomy.shapes[0]
-    own = costs[Width(anatomy.hidden, source.query_heads, source.kv_heads)]
+    full = Width(anatomy.hidden, source.query_heads, source.kv_heads)
+    own = costs[full]
     whole = own(anatomy.num_layers, source.ffn)
     wanted = budget * whole if budget < 1 else budget
     if not (0 < wanted < whole and (wanted >= 1 or of == "milliseconds")):
@@ -106,7 +113,7 @@ def propose_shapes(
     def fits(reach: int) -> dict[Target, str]:
         found: dict[Target, str] = {}
         for name, depth in depths.items():
-            target = _fit(anatomy, costs, allowed, depth, reach, ffn_multiple)
+            target = _fit(anatomy, costs, parameters, allowed, depth, reach, ffn_multiple)
             if target is not None:
                 found.setdefault(target, name)
         return found
@@ -118,6 +125,9 @@ def propose_shapes(
         raise ShearlingError(
             f"budget = {budget:g} {of}: the smallest shape of this grid has {_number(least)}; allow more"
         )
+    layers = bisect.bisect_right(range(1, anatomy.num_layers), allowed, key=lambda layers: own(layers, source.ffn))
+    if layers:
+        found.setdefault(Target(layers=layers, ffn=source.ffn, **full._asdict()), "depth")
     proposals = []
     for target, name in found.items():
         after = target_anatomy(anatomy, target)
@@ -176,13 +186,23 @@ def _counted(anatomy: Anatomy, inventory: Inventory, width: Width, of: Quantity)
 
 
 def _fit(
-    anatomy: Anatomy, costs: Mapping[Width, Cost], allowed: float, depth: float, reach: int, multiple: int
+    anatomy: Anatomy,
+    costs: Mapping[Width, Cost],
+    parameters: Mapping[Width, Cost] | None,
+    allowed: float,
+    depth: float,
+    reach: int,
+    multiple: int,
 ) -> Target | None:
-    """The shape that uses enough of the budget and keeps the source's proportions best, within ``reach`` of a depth."""
+    """The shape that uses enough of the budget and keeps the source's proportions best, within ``reach`` of a depth.
+
+    With ``parameters``, what it keeps of them counts instead of what it uses: half of them as much as a shape twice
+    out of proportion. No shape is taken then that another has all of and more.
+    """
     source = anatomy.shapes[0]
     low, high = max(1, math.floor(depth) - reach), min(anatomy.num_layers, math.ceil(depth) + reach)
     channels = [*range(multiple, source.ffn, multiple), source.ffn]
-    best: tuple[tuple[float, ...], Target] | None = None
+    keys: dict[tuple[int, ...], tuple[float, ...]] = {}
     for layers, (width, cost) in itertools.product(range(low, high + 1), costs.items()):
         fitting = bisect.bisect_right(channels, allowed, key=partial(cost, layers))
         if not fitting:
@@ -191,13 +211,22 @@ def _fit(
         kept = (width.hidden / anatomy.hidden, width.heads / source.query_heads, ffn / source.ffn)
         stretched = max(kept) / min(kept)
         distortion = math.log(stretched) + abs(math.log(layers / depth))
-        unused = 1 - cost(layers, ffn) / allowed
         # equal ones: the more KV heads, then the more layers and the wider stream
         rest = (-width.kv_heads, -layers, -width.hidden)
-        key = (stretched > STRETCH, max(unused, SLACK), distortion, *rest)
-        if best is None or key < best[0]:
-            best = key, Target(layers=layers, ffn=ffn, **width._asdict())
-    return None if best is None else best[1]
+        if parameters is None:
+            chosen = (max(1 - cost(layers, ffn) / allowed, SLACK), distortion)
+        else:
+            chosen = (distortion - math.log(parameters[width](layers, ffn)),)
+        keys[layers, *width, ffn] = (stretched > STRETCH, *chosen, *rest)
+    if not keys:
+        return None
+    best = min(keys, key=keys.__getitem__)
+    if parameters is not None:
+        # more of one size alone is out of proportion, but where it is free it does no harm
+        while more := [sizes for sizes in keys if sizes != best and all(map(operator.ge, sizes, best))]:
+            best = min(more, key=keys.__getitem__)
+    layers, *width, ffn = best
+    return Target(layers=layers, ffn=ffn, **Width(*width)._asdict())
 
 
 def _number(value: float) -> str:
