@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shearling.errors import RecipeError
-from shearling.recipe import CFSP, RANKED, Budget, Ranked, load_recipe, parse_recipe, schema
+from shearling.methods.stages import in_shape
+from shearling.recipe import CFSP, RANKED, Budget, Ranked, Target, load_recipe, parse_recipe, schema
 
 BASE = {
     "model": "smollm2-135m",
@@ -293,9 +294,13 @@ def test_settings_of_gates_that_make_no_sense(changes: dict[str, object], what: 
         parse_recipe(content)
 
 
-def test_shortgpt_has_no_budget() -> None:
-    with pytest.raises(RecipeError, match="shortgpt drops whole blocks; name layers alone"):
+def test_shortgpt_has_budgets_for_whole_blocks_alone() -> None:
+    with pytest.raises(RecipeError, match="shortgpt drops whole blocks; name layers alone, or give a budget profile"):
         parse_recipe(with_target({"parameters": 0.5}, "shortgpt"))
+    recipe = parse_recipe(with_target({"parameters": 0.5, "profile": "depth"}, "shortgpt"))
+    assert in_shape(recipe).first.target == Target(layers=11)
+    # as a run records it
+    assert parse_recipe(yaml.safe_load(in_shape(recipe).dump())) == in_shape(recipe)
 
 
 # --- domains

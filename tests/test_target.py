@@ -295,14 +295,27 @@ def test_a_budget_means_the_shape_that_is_proposed_for_its_profile() -> None:
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     found = {proposal.name: proposal for proposal in propose_shapes(anatomy, inventory, 0.5)}
     assert resolve_target(anatomy, inventory, Budget(parameters=0.5)) == found["balanced"].target
-    for profile in ("deeper", "shallower", "depth"):
+    for profile in ("deeper", "shallower"):
         named = Budget(parameters=0.5 * 134515008, profile=profile)
         assert resolve_target(anatomy, inventory, named) == found[profile].target
+    # 30 layers of 3,539,520 parameters and 28,329,408 others
+    whole = Budget(parameters=0.5, profile="depth")
+    assert resolve_target(anatomy, inventory, whole) == Target(layers=11) and found["depth"].target.layers == 11
     exact = Target(layers=20)
     assert resolve_target(anatomy, inventory, exact) is exact
     written = found["deeper"].to_json()
     assert Target(**written["target"]) == found["deeper"].target
     assert written["sizes"]["parameters"] == found["deeper"].sizes.parameters
+
+
+def test_whole_layers_go_under_whatever_name_the_shape_has() -> None:
+    """Where all shapes of as many layers take as long, the widest is every profile's."""
+    model = on_meta("llama", **SMOLLM2)
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    measured = dict.fromkeys(widths(anatomy), lambda layers, ffn: 1.0 * layers)
+    assert "depth" not in [p.name for p in propose_shapes(anatomy, inventory, 0.84, "milliseconds", measured=measured)]
+    budget = Budget(latency=0.84, profile="depth")
+    assert resolve_target(anatomy, inventory, budget, measured) == Target(layers=25)
 
 
 def test_a_profile_without_a_shape_of_its_own_is_refused() -> None:

@@ -127,7 +127,7 @@ def propose_shapes(
         )
     layers = bisect.bisect_right(range(1, anatomy.num_layers), allowed, key=lambda layers: own(layers, source.ffn))
     if layers:
-        found.setdefault(Target(layers=layers, ffn=source.ffn, **full._asdict()), "depth")
+        found.setdefault(_whole(anatomy, layers), "depth")
     proposals = []
     for target, name in found.items():
         after = target_anatomy(anatomy, target)
@@ -151,11 +151,23 @@ def resolve_target(
         return target
     proposals = propose_shapes(anatomy, inventory, target.amount, target.of, measured=measured)
     found = {proposal.name: proposal.target for proposal in proposals}
+    if target.profile == "depth":
+        # by another name where another profile comes to it too; widths that are not named stay
+        same = [shape.layers or 0 for shape in found.values() if shape == _whole(anatomy, shape.layers or 0)]
+        if same:
+            found["depth"] = Target(layers=max(same))
     if target.profile not in found:
         raise ShearlingError(
             f"target.profile = {target.profile!r}: this budget has only {', '.join(found)}; choose that"
         )
     return found[target.profile]
+
+
+def _whole(anatomy: Anatomy, layers: int) -> Target:
+    """So many layers in the model's own widths, all named."""
+    source = anatomy.shapes[0]
+    width = Width(anatomy.hidden, source.query_heads, source.kv_heads)
+    return Target(layers=layers, ffn=source.ffn, **width._asdict())
 
 
 def widths(anatomy: Anatomy, hidden_multiple: int = 64) -> Iterator[Width]:

@@ -117,7 +117,12 @@ class Ranked(Strict):
     @field_validator("target")
     @classmethod
     def _whole_blocks(cls, value: Target | Budget, found: ValidationInfo) -> Target | Budget:
-        named = {size for size, wanted in value if wanted is not None}
-        if found.data.get("method") == "shortgpt" and named != {"layers"}:
-            raise ValueError("shortgpt drops whole blocks; name layers alone, or use minitron")
+        if isinstance(value, Budget):
+            whole = value.profile == "depth"
+        else:
+            whole = {size for size, wanted in value if wanted is not None} == {"layers"}
+        if found.data.get("method") == "shortgpt" and not whole:
+            raise ValueError(
+                "shortgpt drops whole blocks; name layers alone, or give a budget profile: depth, or use minitron"
+            )
         return value
