@@ -14,6 +14,7 @@ step with gates beside a plain one of the dense model.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import statistics
 import time
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from shearling.anatomy import Anatomy, anatomy_of
 from shearling.data import windows
-from shearling.methods.ranking import plan_ranked
+from shearling.methods.ranking import plan_ranked, unit_scores
 from shearling.methods.sheared_llama import Shearing, ShearingPolicy, kept_of
 from shearling.models import load_model, load_tokenizer
 from shearling.plan import inventory_after, inventory_of, sizes, target_anatomy
@@ -41,27 +42,34 @@ COLUMNS = [
     "variant", "seed", "corpus", "perplexity", "accuracy", "stderr", "loss", "tokens", "tuned_tokens", "context",
     "parameters", "pruning_tokens", "trained_tokens", "flops", "seconds", "dead", "peak_bytes",
 ]  # fmt: skip
-TARGET = Target(layers=28, hidden=384, heads=6, kv_heads=3, ffn=1280)
+TARGET = {"layers": 28, "hidden": 384, "heads": 6, "kv_heads": 3, "ffn": 1280}
 
 
 class Variant(NamedTuple):
-    """``start`` is where the small model comes from; ``more`` multiplies the FLOPs."""
+    """``start`` is where the small model comes from; ``more`` multiplies the FLOPs.
+
+    ``blocks``: whole blocks go, as many as weigh what the target does without.
+    """
 
     start: str
     distill: bool = False
     more: float = 1.0
+    blocks: bool = False
 
 
 VARIANTS = {
     "learned gates": Variant("gates"),
     "activation-ranked": Variant("minitron"),
-    "depth only": Variant("shortgpt"),
+    "depth only": Variant("shortgpt", blocks=True),
+    "depth only, learned gates": Variant("gates", blocks=True),
+    "depth only, random": Variant("random-shape", blocks=True),
     "random units": Variant("random-shape"),
     "random initialisation": Variant("nothing"),
     "random initialisation, three times the FLOPs": Variant("nothing", more=3.0),
     "learned gates, distilled": Variant("gates", distill=True),
     "activation-ranked, distilled": Variant("minitron", distill=True),
-    "random initialisation, distilled": Variant("nothing", distill=True),
+    "depth only, distilled": Variant("shortgpt", distill=True, blocks=True),
+    "depth only, learned gates, distilled": Variant("gates", distill=True, blocks=True),
 }
 
 
@@ -84,13 +92,15 @@ class Bench:
         self.texts = held_out(args.data, tokenizer, scored, ("web",) if self.small else None)
         self.valid = windows(wikitext_valid(args.data, tokenizer, 32 * self.length), None, self.length)
         self.anatomy = anatomy_of(self.dense.config)
-        self.goal = target_anatomy(self.anatomy, TARGET)
+        self.target = Target.model_validate(args.target)
+        self.blocks = Target(layers=self.layers_alone())
+        self.ranks = unit_scores(self.dense, self.tokens, batch=4) if args.gate_start == "ranked" else None
         self.instructions = args.instructions and Instructions(
             args.instructions, tokenizer, learning_rate=args.instruction_rate, small=self.small, gpu=self.gpu
         )
         #: FLOPs of a token
         self.forward = forward_flops(self.dense, self.length)
-        self.budget = 3 * forward_flops(self.cut("random-shape", TARGET, 0), self.length) * args.tokens
+        self.budget = 3 * forward_flops(self.cut("random-shape", self.target, 0), self.length) * args.tokens
 
     def parameters(self, anatomy: Anatomy) -> int:
         layers = range(anatomy.num_layers)
@@ -98,18 +108,27 @@ class Bench:
 
     def layers_alone(self) -> int:
         """How many whole blocks weigh as much as the target."""
-        goal = self.parameters(self.goal)
+        goal = self.parameters(target_anatomy(self.anatomy, self.target))
         counts = range(1, self.anatomy.num_layers + 1)
         return min(counts, key=lambda n: abs(self.parameters(target_anatomy(self.anatomy, Target(layers=n))) - goal))
 
-    def settings(self, tokens: float, learning_rate: float, seed: int, distill: bool) -> TrainSettings:
-        per_step = self.batch * self.length
+    def gates(self, target: Target) -> ShearingPolicy:
+        """Gates that learn which units of the dense model a target keeps."""
+        args = self.args
+        shearing = Shearing(args.gate_rate, args.multiplier_rate, args.gate_warmup)
+        return ShearingPolicy(self.anatomy, kept_of(target_anatomy(self.anatomy, target)), shearing, self.ranks)
+
+    def settings(
+        self, tokens: float, learning_rate: float, seed: int, distill: bool, batch: int | None = None
+    ) -> TrainSettings:
+        batch = self.batch if batch is None or self.small else batch
+        per_step = batch * self.length
         steps = max(3, round(tokens / per_step))
         return TrainSettings(
             tokens=steps * per_step,
             length=self.length,
-            batch=self.batch,
-            micro_batch=min(16, self.batch),
+            batch=batch,
+            micro_batch=min(16, batch),
             learning_rate=learning_rate,
             cross_entropy=0.0 if distill else 1.0,
             validate_every=max(1, steps // 20),
@@ -140,11 +159,11 @@ class Bench:
         cut_(model, plan_ranked(model, self.tokens, ranked, batch=4, seed=seed).edits)
         return model
 
-    def sheared(self, flops: float, seed: int, distill: bool) -> tuple[Any, Row, list[Row]]:
+    def sheared(self, target: Target, flops: float, seed: int, distill: bool) -> tuple[Any, Row, list[Row]]:
         """The dense model cut by gates that learned for about so many FLOPs, and the curve of that."""
         cost = (3 + distill) * self.forward
-        model, policy = copy.deepcopy(self.dense), ShearingPolicy(self.anatomy, kept_of(self.goal), Shearing())
-        settings = self.settings(flops / cost, self.args.gate_stage_rate, seed, distill)
+        model, policy = copy.deepcopy(self.dense), self.gates(target)
+        settings = self.settings(flops / cost, self.args.gate_stage_rate, seed, distill, self.args.gate_batch)
         result, curve = self.train(model, settings, [policy], distill, cost)
         cut_(model, result.edits)
         return model, {"pruning_tokens": settings.tokens, "dead": sum(policy.dead.values())}, curve
@@ -152,19 +171,18 @@ class Bench:
     def carry_out(self, variant: Variant, seed: int) -> tuple[Any, Row, list[Row]]:
         """The variant's model, what making it took, and its curve: FLOPs spent and validation loss."""
         began, budget = time.perf_counter(), variant.more * self.budget
+        target = self.blocks if variant.blocks else self.target
         row: Row = {}
         curve: list[Row] = []
         match variant.start:
             case "gates":
-                model, row, curve = self.sheared(self.args.pruning_share * budget, seed, variant.distill)
+                model, row, curve = self.sheared(target, self.args.pruning_share * budget, seed, variant.distill)
             case "nothing":
                 torch.manual_seed(seed)
-                config = self.cut("random-shape", TARGET, seed).config
+                config = self.cut("random-shape", target, seed).config
                 model = AutoModelForCausalLM.from_config(config).float().to(self.args.device)
-            case "shortgpt":
-                model = self.cut(variant.start, Target(layers=self.layers_alone()), seed)
             case method:
-                model = self.cut(method, TARGET, seed)
+                model = self.cut(method, target, seed)
         spent = row.get("pruning_tokens", 0) * (3 + variant.distill) * self.forward
         cost = 3 * forward_flops(model, self.length) + variant.distill * self.forward
         settings = self.settings((budget - spent) / cost, self.args.learning_rate, seed, variant.distill)
@@ -190,7 +208,7 @@ class Bench:
         print("step of the dense model | milliseconds | peak GiB", flush=True)
         for name in ("plain", "with gates"):
             model, times = copy.deepcopy(self.dense), []
-            policies = [ShearingPolicy(self.anatomy, kept_of(self.goal), Shearing())] if name != "plain" else []
+            policies = [self.gates(self.target)] if name != "plain" else []
             base = self.settings(24 * self.batch * self.length, 1e-5, 0, False)
             settings = TrainSettings(**{**vars(base), "log_every": 1, "validate_every": 0})
             if self.gpu:
@@ -209,7 +227,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="windows of 1024 tokens")
     parser.add_argument("--pruning-share", type=float, default=0.3, help="of the FLOPs that the gates' stage takes")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--target", type=json.loads, default=TARGET, help="the shape, as JSON")
     parser.add_argument("--gate-stage-rate", type=float, default=3e-4, help="learning rate of the weights beside gates")
+    parser.add_argument("--gate-batch", type=int, help="windows a step beside gates")
+    parser.add_argument("--gate-rate", type=float, default=Shearing.learning_rate, help="learning rate of gates")
+    parser.add_argument("--multiplier-rate", type=float, default=Shearing.multiplier_rate, help="and of multipliers")
+    parser.add_argument(
+        "--gate-warmup", type=float, default=Shearing.warmup, help="share of the steps the targets rise"
+    )
+    parser.add_argument("--gate-start", choices=("open", "ranked"), default="open")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=32, help="of every corpus that are scored")
