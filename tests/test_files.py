@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from shearling.errors import ShearlingError
-from shearling.plan import Delta, Edit, Structure, beside, load_edits, save_edits, writing
+from shearling.files import beside, writing
+from shearling.plan import Delta, Edit, Structure, load_edits, save_edits
 
 
 def test_edits_survive_the_disk(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from shearling.evaluate.torch_engine import TorchEngine
 from shearling.events import OnEvent
 from shearling.export.compact import COMPACT
 from shearling.export.compressed import load_codes
+from shearling.files import beside, write_whole
 from shearling.models import load_config, resolve
-from shearling.plan import Quant, beside, write_whole
+from shearling.plan import Quant
 from shearling.report.bench import bench_page
 from shearling.runtime.accelerate import accelerate_, linears_24, takes_codes
 

@@ -26,9 +26,10 @@ from shearling.evaluate import (
 )
 from shearling.events import OnEvent
 from shearling.export import GGUF_TYPE, check_format, export_deci, export_gguf, export_onnx, plan_record, save_model
+from shearling.files import check_new
 from shearling.methods.stages import budget_of, in_shape, plan_stage
 from shearling.models import check_finite, load_config, load_model, load_tokenizer, resolve
-from shearling.plan import Cost, Outcome, Plan, Width, check_new, inventory_of, sizes
+from shearling.plan import Cost, Outcome, Plan, Width, inventory_of, sizes
 from shearling.recipe import Budget, Denoise, Evaluation, PruneStage, Recipe, Shear, Sparsify
 from shearling.surgery import cut_
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from shearling.errors import ShearlingError, unwritable
-from shearling.plan import write_whole
+from shearling.files import write_whole
 from shearling.recipe import Budget, Recipe, Target
 
 #: keys of a recipe that a resumed run may change, since they leave the result alone

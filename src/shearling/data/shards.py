@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shearling.data.text import token_documents
 from shearling.errors import ShearlingError, unwritable
-from shearling.plan import write_whole
+from shearling.files import write_whole
 
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 24

@@ -27,7 +27,8 @@ from shearling.errors import ShearlingError
 from shearling.evaluate.speed import device_name
 from shearling.evaluate.step_time import Workload, step_milliseconds
 from shearling.events import OnEvent
-from shearling.plan import Cost, Width, target_anatomy, widths, write_whole
+from shearling.files import write_whole
+from shearling.plan import Cost, Width, target_anatomy, widths
 from shearling.recipe import Target
 from shearling.surgery import config_after
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from shearling.anatomy import Anatomy
 from shearling.errors import ShearlingError
-from shearling.plan import Adapters, write_tensors, write_whole
+from shearling.files import write_whole
+from shearling.plan import Adapters, write_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

@@ -18,7 +18,7 @@ from shearling.export.gguf_readers import verify_gguf
 from shearling.export.llama_quantize import K_QUANTS, quantize_file
 from shearling.export.onnx import check_packages, onnx_logits, write_onnx
 from shearling.export.verify import Verification, logits_of, prompt_ids, verify
-from shearling.plan import beside, writing
+from shearling.files import beside, writing
 
 #: formats beside the Hugging Face folder that ``save_model`` writes
 FORMATS = ("gguf", "deci", "onnx")

@@ -11,8 +11,9 @@ from shearling.anatomy import PER_LAYER_PREFIX, anatomy_of
 from shearling.export.adapters import save_adapters
 from shearling.export.classes import per_layer_classes
 from shearling.export.compressed import compressed_state, quantization_config
+from shearling.files import beside, writing
 from shearling.nn import EffectiveLinear, is_linear, plain_state
-from shearling.plan import Quant, beside, writing
+from shearling.plan import Quant
 from shearling.surgery import adapters_of
 
 #: where in a checkpoint's folder its branches are

@@ -2,16 +2,7 @@
 
 from shearling.plan.budget import cap_shares, round_to_total
 from shearling.plan.edits import Adapters, Delta, Edit, Masks, Quant, Structure, check_order, edit_size
-from shearling.plan.files import (
-    beside,
-    check_new,
-    load_edits,
-    save_edits,
-    write_bytes,
-    write_tensors,
-    write_whole,
-    writing,
-)
+from shearling.plan.files import load_edits, save_edits, write_tensors
 from shearling.plan.grids import Codes, Grid, dequantise
 from shearling.plan.outcome import Outcome, plan_of
 from shearling.plan.plan import Masked, Plan
@@ -50,9 +41,7 @@ __all__ = [
     "Structure",
     "TensorSize",
     "Width",
-    "beside",
     "cap_shares",
-    "check_new",
     "check_order",
     "check_structure",
     "dequantise",
@@ -74,8 +63,5 @@ __all__ = [
     "target_anatomy",
     "unit_parameters",
     "widths",
-    "write_bytes",
     "write_tensors",
-    "write_whole",
-    "writing",
 ]

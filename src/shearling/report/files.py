@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shearling.errors import ShearlingError, unwritable
+from shearling.errors import ShearlingError
 
 Record = dict[str, Any]
 
@@ -50,21 +49,6 @@ def record(value: Any) -> Record:
 def records(value: Any) -> list[Record]:
     """The objects in the value if it is a list, else none."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never a part.
-
-    Raises ShearlingError where the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # A generated sample may hold half a surrogate pair, which UTF-8 cannot carry.
-        partial.write_bytes(text.encode("utf-8", errors="replace"))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
 
 
 def _text(path: Path) -> str:

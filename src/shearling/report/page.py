@@ -8,8 +8,9 @@ from typing import Any
 
 import jinja2
 
+from shearling.files import write_whole
 from shearling.report import sections, usage
-from shearling.report.files import RunFiles, read_run, write_atomically
+from shearling.report.files import RunFiles, read_run
 
 TEMPLATE = "page.html.j2"
 
@@ -23,7 +24,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     path = run_dir / "report.html"
-    write_atomically(path, render(read_run(run_dir)))
+    write_whole(path, render(read_run(run_dir)))
     return path
 
 

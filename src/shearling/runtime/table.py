@@ -15,12 +15,12 @@ from torch import Tensor
 
 from shearling.cache import cache_folder
 from shearling.errors import ShearlingError
+from shearling.files import write_whole
 from shearling.kernels.compact24 import random_24
 from shearling.kernels.compiled_c import processor
 from shearling.kernels.expand24 import obstacle as cpu_obstacle
 from shearling.kernels.nvrtc import obstacle
 from shearling.kernels.product24 import Fragments, Up, compile_all, configs
-from shearling.plan import write_whole
 from shearling.runtime.paths import (
     COPIES,
     Beside,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shearling.plan import write_tensors, write_whole
+from shearling.files import write_whole
+from shearling.plan import write_tensors
 
 
 class Store:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shearling.data import MemoryWindows, Windows
 from shearling.errors import ShearlingError
-from shearling.plan import write_bytes, write_whole
+from shearling.files import write_bytes, write_whole
 from shearling.train.documents import document_positions
 from shearling.train.head import Head, output_head
 from shearling.train.loss import through_head
