@@ -28,7 +28,7 @@ from common import Row, Rows, arguments, device_name, domain_windows, held_out, 
 from torch import Tensor
 
 from shearling.anatomy import anatomy_of
-from shearling.data import Domains
+from shearling.data import Domains, spread
 from shearling.export import save_model
 from shearling.methods.ast import ASTPolicy, input_norms, masks_of, unmask_
 from shearling.methods.dynamic_loading import DynamicLoading
@@ -129,7 +129,7 @@ class Bench:
         )
         num, length = (4, 128) if self.small else (64, 2048)
         domains = mixture(args.data, tokenizer, num * length, length)
-        self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
+        self.tokens = spread(domains, num).to(args.device)
         self.context = 256 if self.small else 2048
         self.texts = held_out(
             args.data, tokenizer, (2 if self.small else args.windows) * self.context, ("web",) if self.small else None

@@ -2,40 +2,58 @@
 
     python benchmarks/domain_loading.py --data DIR [--json FILE] [--quick] [--steps N] [--seeds S ...]
 
-SmolLM2 loses half of its FFN channels (CFSP) and is trained on, all variants alike but for the weights of the ten
-``corpus/*.train`` domains: in proportion to their tokens, equal, or starting in proportion and moved at every
-validation by the paper's rule, or by its authors' code. References are the uncut model's losses on each domain, taken
-beforehand. The windows that move the weights are never those that the table scores: even windows of ``corpus/*.val``
-and odd ones.
+SmolLM2 loses half of its FFN channels (CFSP) and is trained on, all variants alike but for the weights of the eleven
+``corpus/*.train`` domains: in proportion to their tokens, equal, by the roots of their tokens, or moved at every
+validation by the paper's rule, by its authors' code, or by the rule in smaller steps, which do not compound until two
+domains have everything. References are the uncut model's losses on each domain, taken beforehand. The windows that move
+the weights, of ``corpus/*.val`` a few even ones, are never those that the table scores, all odd ones. JSON rows of the
+mean have all ``weights``: of the start, and after each validation.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from common import Rows, arguments, calibration, device_name, domain_windows
 
-from shearling.data import Domains
+from shearling.data import Domains, spread
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.reference_losses import source_losses
 from shearling.methods.structured import plan_structured
 from shearling.models import load_model, load_tokenizer
 from shearling.recipe import CFSP
 from shearling.surgery import cut_
-from shearling.train import TrainSettings, World, train, validation_loss
+from shearling.train import Policy, TrainSettings, World, train, validation_loss
 
 COLUMNS = ["loading", "seed", "domain", "loss", "reference", "excess", "weight", "tokens", "steps", "seconds"]
-#: weights at the start, and settings of DynamicLoading
-LOADINGS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "in proportion": ("proportion", None),
-    "equal": ("equal", None),
-    "dynamic": ("proportion", {}),
-    "dynamic, as released": ("proportion", {"clamp": False}),
+#: power of a domain's tokens that it weighs at the start, and settings of DynamicLoading
+LOADINGS: dict[str, tuple[float, dict[str, Any] | None]] = {
+    "in proportion": (1, None),
+    "equal": (0, None),
+    "by roots": (0.5, None),
+    "dynamic": (1, {}),
+    "dynamic, as released": (1, {"clamp": False}),
+    "dynamic, eta 0.5": (1, {"eta": 0.5}),
+    "dynamic, eta 0.5, smoothing 0.02": (1, {"eta": 0.5, "smoothing": 0.02}),
+    "dynamic, eta 0.5, smoothing 0.01, from roots": (0.5, {"eta": 0.5, "smoothing": 0.01}),
 }
+
+
+class Watch(Policy):
+    """Notes the weights of the start and after each validation."""
+
+    def __init__(self, start: dict[str, float]) -> None:
+        self.weights = [start]
+
+    def capturable(self) -> bool:
+        return True
+
+    def reweight(self, weights: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
+        self.weights.append(weights)
+        return weights
 
 
 def main() -> None:
@@ -53,7 +71,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     text = domain_windows(args.data, tokenizer, "train", length, most)
     held_out = domain_windows(args.data, tokenizer, "val", length, most)
-    moving = {name: part[::2][:16] for name, part in held_out.items()}
+    moving = {name: spread(part[::2], 8) for name, part in held_out.items()}
     scored = {name: part[1::2] for name, part in held_out.items()}
     settings = TrainSettings(
         tokens=steps * batch * length,
@@ -73,36 +91,37 @@ def main() -> None:
     cut: Any = copy.deepcopy(dense)
     cut_(cut, outcome.edits)
     del dense
-    sizes = {name: float(len(part)) for name, part in text.items()}
     rows = Rows(COLUMNS, args.json)
     print(
         f"# {device_name(args.device)}, torch {torch.__version__}, {sum(map(len, text.values()))} windows", flush=True
     )
 
-    def report(loading: str, model: Any, weights: Mapping[str, float], **row: Any) -> None:
+    def report(loading: str, model: Any, weights: list[dict[str, float]], **row: Any) -> None:
         losses = {name: validation_loss(model, part, settings, World()) for name, part in scored.items()}
         excess = {name: losses[name] - goal[name] for name in losses}
         for name, loss in losses.items():
             rows.add(
                 loading=loading, domain=name, loss=loss, reference=goal[name], excess=excess[name],
-                weight=weights[name], **row,
+                weight=weights[-1][name], **row,
             )  # fmt: skip
-        mean = sum(losses.values()) / len(losses)
-        rows.add(loading=loading, domain="mean", loss=mean, excess=sum(excess.values()) / len(excess), **row)
+        loss, mean = (sum(values.values()) / len(scored) for values in (losses, excess))
+        rows.add(loading=loading, domain="mean", loss=loss, excess=mean, weights=weights, **row)
         rows.add(loading=loading, domain="largest gap", excess=max(excess.values()), **row)
 
-    report("none", cut, dict.fromkeys(text, 0.0))
+    report("none", cut, [dict.fromkeys(text, 0.0)])
     for loading in args.loadings:
         start, options = LOADINGS[loading]
         for seed in args.seeds:
             model = copy.deepcopy(cut)
-            domains = Domains(text, sizes if start == "proportion" else None)
-            policies = [] if options is None else [DynamicLoading(reference, **options)]
+            domains = Domains(text, {name: len(part) ** start for name, part in text.items()})
+            watch = Watch(domains.weights)
+            policies: list[Policy] = [] if options is None else [DynamicLoading(reference, **options), watch]
             began = time.perf_counter()
             own = TrainSettings(**{**vars(settings), "seed": seed})
-            result = train(model, domains, policies, own, validation=moving)
+            # weights that stay ask for no validation
+            result = train(model, domains, policies, own, validation=moving if policies else None)
             row = {"tokens": result.tokens, "steps": steps, "seconds": time.perf_counter() - began, "seed": seed}
-            report(loading, model, result.weights or domains.weights, **row)
+            report(loading, model, watch.weights, **row)
 
 
 if __name__ == "__main__":

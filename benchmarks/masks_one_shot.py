@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from common import Rows, arguments, device_name, held_out, mixture, report_quality, score
 
+from shearling.data import spread
 from shearling.methods.masks import plan_masks
 from shearling.models import load_model, load_tokenizer
 from shearling.recipe import Reconstruct, Sparsify
@@ -51,8 +52,7 @@ def main() -> None:
     num, length = (4, 128) if quick else (64, 2048)
     domains = mixture(args.data, tokenizer, num * length, length)
     # every domain alike: its windows lie one after the other
-    order = torch.linspace(0, len(domains) - 1, num).round().long()
-    tokens = domains[order].to(args.device)
+    tokens = spread(domains, num).to(args.device)
     context = 256 if quick else 2048
     texts = held_out(args.data, tokenizer, (4 if quick else 32) * context, ("web",) if quick else None)
     rows = Rows(COLUMNS, args.json)

@@ -17,6 +17,7 @@ import torch
 from common import Rows, arguments, device_name, held_out, mixture, report_quality, score
 
 from shearling.anatomy import anatomy_of, is_branch
+from shearling.data import spread
 from shearling.methods.quantise import plan_quantised
 from shearling.models import empty_model, load_model, load_tokenizer
 from shearling.plan import Grid, inventory_of, quantised_size
@@ -67,7 +68,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     num, length, context = (4, 128, 256) if args.quick else (64, 2048, 2048)
     text = mixture(args.data, tokenizer, num * length, length)
-    tokens = text[torch.linspace(0, len(text) - 1, num).round().long()].to(args.device)
+    tokens = spread(text, num).to(args.device)
     domains = ("web",) if args.quick else None
     texts = held_out(args.data, tokenizer, (2 if args.quick else args.windows) * context, domains)
     rows = Rows(COLUMNS, args.json)

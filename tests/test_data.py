@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shearling.data import corpus_tokens, read_texts, sampled_windows, tokens_digest, windows
+from shearling.data import corpus_tokens, read_texts, sampled_windows, spread, tokens_digest, windows
 from shearling.data.sampled import SAMPLE
 from shearling.data.stdlib import PARTS
 from shearling.errors import ShearlingError
@@ -98,6 +98,30 @@ def test_windows_never_overlap(total: int, length: int, num: int, seed: int | No
     assert len(set(found.flatten().tolist())) == num * length
     if seed is None:
         assert torch.equal(found.flatten(), tokens[: num * length])
+
+
+@pytest.mark.parametrize(
+    ("count", "num", "expected"),
+    [
+        (10, 1, [0]),
+        (10, 2, [0, 9]),
+        (10, 4, [0, 3, 6, 9]),
+        # 0, 11/3, 22/3, 11
+        (12, 4, [0, 4, 7, 11]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (3, 7, [0, 1, 2]),
+    ],
+)
+def test_spread_windows_by_hand(count: int, num: int, expected: list[int]) -> None:
+    assert spread(torch.arange(count)[:, None], num).flatten().tolist() == expected
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_spread_windows_are_in_order_and_at_distances_that_differ_by_one(count: int, num: int) -> None:
+    found = spread(torch.arange(count)[:, None], num).flatten()
+    assert len(found) == min(count, num) and found[0] == 0 and (num == 1 or found[-1] == count - 1)
+    steps = found.diff()
+    assert len(steps) == 0 or (steps.min() > 0 and steps.max() - steps.min() <= 1)
 
 
 def test_digest_sees_shape_and_content() -> None:

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import shearling
 from shearling.commands import cut
-from shearling.data import corpus_tokens, pack
+from shearling.data import PackedTokens, corpus_tokens, pack
 from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
 from shearling.methods import teaching
-from shearling.methods.corpora import separator_of
+from shearling.methods.corpora import separator_of, validation_windows
 from shearling.models import load_model, load_tokenizer
 from shearling.plan import Structure, load_edits
 from shearling.recipe import LoRA, Recipe, load_recipe, parse_recipe
@@ -220,6 +220,33 @@ def test_documents_apart_need_a_token_that_ends_them() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ShearlingError, match=r"^documents = 'apart': the tokenizer has no end-of-sequence token"):
         separator_of(stage, tokenizer)
+
+
+def test_what_is_scored_is_spread_over_what_is_held_out(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [f"the {'sheep' * number} stood on the hill" for number in range(120)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
+    pack(tmp_path / "long.jsonl", tokenizer, tmp_path / "shards", shard_tokens=1000)
+    whole = PackedTokens(tmp_path / "shards").windows(8)
+    stream = corpus_tokens(tmp_path / "long.jsonl", tokenizer)
+    assert len(stream) > 20 * 3 * 8
+
+    def found(name: str) -> torch.Tensor:
+        scored = validation_windows(LoRA(validation=str(tmp_path / name), validation_windows=3, length=8), tokenizer)
+        assert isinstance(scored, torch.Tensor)
+        return scored
+
+    # of 16 x 3 windows the first, the 24th (23.5 goes to the even one) and the last
+    read = stream[: 16 * 3 * 8].view(48, 8)
+    assert torch.equal(found("long.jsonl"), read[[0, 24, 47]])
+    # of a packed corpus, over all of it
+    middle = round((len(whole) - 1) / 2)
+    assert torch.equal(found("shards"), whole[torch.tensor([0, middle, len(whole) - 1])])
+    # less than is wanted
+    few = corpus_tokens(tmp_path / "short.jsonl", tokenizer)
+    number = len(few) // 8
+    assert torch.equal(found("short.jsonl")[[0, -1]], few[: number * 8].view(number, 8)[[0, -1]])
 
 
 @pytest.mark.parametrize("sizes", [{"num_hidden_layers": 5, "vocab_size": 120}, {"hidden_size": 64}])

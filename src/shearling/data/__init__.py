@@ -5,7 +5,7 @@ from shearling.data.references import read_references
 from shearling.data.sampled import sampled_windows
 from shearling.data.shards import PackedTokens, PackedWindows, is_packed, pack
 from shearling.data.text import corpus_tokens, read_texts
-from shearling.data.windows import MemoryWindows, Windows, tokens_digest, windows
+from shearling.data.windows import MemoryWindows, Windows, spread, tokens_digest, windows
 
 __all__ = [
     "Domains",
@@ -19,6 +19,7 @@ __all__ = [
     "read_references",
     "read_texts",
     "sampled_windows",
+    "spread",
     "tokens_digest",
     "windows",
 ]

@@ -31,6 +31,12 @@ def windows(tokens: Tensor, num: int | None, length: int, *, seed: int | None = 
     return stacked[order[:wanted]]
 
 
+def spread(windows: Tensor | Windows, num: int) -> Tensor:
+    """``num`` windows [num, length] at even distances, from the first to the last; all where there are no more."""
+    last = len(windows) - 1
+    return windows[torch.linspace(0, last, min(num, last + 1), dtype=torch.float64).round().long()]
+
+
 class Windows(Protocol):
     """Windows [num, length] of tokens, wherever they lie."""
 

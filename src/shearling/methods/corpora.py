@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shearling.data import Domains, PackedTokens, Windows, corpus_tokens, is_packed, windows
+from shearling.data import Domains, PackedTokens, Windows, corpus_tokens, is_packed, spread, windows
 from shearling.errors import ShearlingError
 from shearling.events import OnEvent
 from shearling.methods.dynamic_loading import DynamicLoading
 from shearling.methods.reference_losses import reference_losses, source_losses
 from shearling.recipe import Loading, LoRA, Recipe, TrainStage
 from shearling.train import Policy, TrainSettings, affordable_windows, join
+
+#: a held-out text is read up to so many times what is scored of it, since tokenising takes time
+HELD_OUT = 16
 
 
 def training_windows(recipe: Recipe, stage: TrainStage, tokenizer: Any) -> Tensor | Windows:
@@ -46,7 +48,10 @@ def separator_of(stage: TrainStage, tokenizer: Any) -> int | None:
 
 
 def validation_windows(stage: TrainStage, tokenizer: Any) -> Tensor | dict[str, Tensor] | None:
-    """What a recovery is scored on: the first windows of its held-out text, or of every domain's."""
+    """What a recovery is scored on: windows spread over its held-out text, or over every domain's.
+
+    Its first ones may all be of one document.
+    """
     wanted = stage.validation_windows
     if wanted == "auto":
         trained = 0.0 if isinstance(stage, LoRA) else 1.0
@@ -55,9 +60,9 @@ def validation_windows(stage: TrainStage, tokenizer: Any) -> Tensor | dict[str, 
 
     def read(source: str) -> Tensor:
         if is_packed(Path(source)):
-            packed = PackedTokens(Path(source)).windows(stage.length)
-            return packed[torch.arange(min(wanted, len(packed)))]
-        return windows(corpus_tokens(source, tokenizer, max_tokens=wanted * stage.length), None, stage.length)
+            return spread(PackedTokens(Path(source)).windows(stage.length), wanted)
+        tokens = corpus_tokens(source, tokenizer, max_tokens=HELD_OUT * wanted * stage.length)
+        return spread(windows(tokens, None, stage.length), wanted)
 
     if stage.domains is None:
         return None if stage.validation is None else read(stage.validation)

@@ -11,7 +11,7 @@ from shearling.recipe.base import Strict
 
 
 class Domain(Strict):
-    """A named corpus: text that is read, held-out text (its first windows) that is scored."""
+    """A named corpus: text that is read, held-out text (windows spread over it) that is scored."""
 
     text: str
     validation: str | None = None

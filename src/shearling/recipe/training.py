@@ -51,7 +51,7 @@ class Train(Strict):
     #: forward and backward pass become a CUDA graph: for small models, on one GPU
     capture: bool = False
     checkpoint_every: Annotated[int, Field(ge=0)] = 20
-    #: held-out text (its first windows) that is scored every so many steps
+    #: held-out text (windows spread over it) that is scored every so many steps
     validation: str | None = None
     #: of every domain; ``auto``: as many as take a twentieth of the time
     validation_windows: int | Literal["auto"] = 32
