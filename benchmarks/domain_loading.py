@@ -59,10 +59,12 @@ class Watch(Policy):
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--steps", type=int, help="of every variant")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--loadings", nargs="+", choices=list(LOADINGS), default=list(LOADINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="two, but one with --quick")
+    parser.add_argument("--loadings", nargs="+", choices=list(LOADINGS), help="all, but two with --quick")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     args = parser.parse_args()
+    seeds = args.seeds or ([0] if args.quick else [0, 1])
+    loadings = args.loadings or (["in proportion", "dynamic"] if args.quick else list(LOADINGS))
     gpu = args.device.startswith("cuda")
     small = args.quick or not gpu
     length, batch, steps, most = (64, 4, 6, 2000) if small else (1024, 32, 400, None)
@@ -109,9 +111,9 @@ def main() -> None:
         rows.add(loading=loading, domain="largest gap", excess=max(excess.values()), **row)
 
     report("none", cut, [dict.fromkeys(text, 0.0)])
-    for loading in args.loadings:
+    for loading in loadings:
         start, options = LOADINGS[loading]
-        for seed in args.seeds:
+        for seed in seeds:
             model = copy.deepcopy(cut)
             domains = Domains(text, {name: len(part) ** start for name, part in text.items()})
             watch = Watch(domains.weights)
