@@ -132,7 +132,10 @@ def test_any_shape(family: str, data: st.DataObject) -> None:
     # a norm after a block that is left with one channel magnifies the rounding of sums in another order
     torch.testing.assert_close(logits(cut), expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=0)
     with Wide():
-        torch.testing.assert_close(logits(copy.deepcopy(cut).double()), logits(gated.double()), atol=1e-5, rtol=0)
+        # cut in float64 too: each rounding of an embedding that is scaled would be magnified as well
+        wide = copy.deepcopy(dense).double()
+        cut_(wide, [Structure(kept)])
+        torch.testing.assert_close(logits(wide), logits(gated.double()), atol=1e-5, rtol=0)
     with tempfile.TemporaryDirectory() as folder:
         save_model(cut, None, Path(folder) / "model", provenance={})
         reloaded = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
