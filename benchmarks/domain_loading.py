@@ -7,7 +7,7 @@ SmolLM2 loses half of its FFN channels (CFSP) and is trained on, all variants al
 validation by the paper's rule, by its authors' code, or by the rule in smaller steps, which do not compound until two
 domains have everything. References are the uncut model's losses on each domain, taken beforehand. The windows that move
 the weights, of ``corpus/*.val`` a few even ones, are never those that the table scores, all odd ones. JSON rows of the
-mean have all ``weights``: of the start, and after each validation.
+mean have all ``weights``: of every step that is logged, and of the end.
 """
 
 from __future__ import annotations
@@ -40,20 +40,6 @@ LOADINGS: dict[str, tuple[float, dict[str, Any] | None]] = {
     "dynamic, eta 0.5, smoothing 0.02": (1, {"eta": 0.5, "smoothing": 0.02}),
     "dynamic, eta 0.5, smoothing 0.01, from roots": (0.5, {"eta": 0.5, "smoothing": 0.01}),
 }
-
-
-class Watch(Policy):
-    """Notes the weights of the start and after each validation."""
-
-    def __init__(self, start: dict[str, float]) -> None:
-        self.weights = [start]
-
-    def capturable(self) -> bool:
-        return True
-
-    def reweight(self, weights: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
-        self.weights.append(weights)
-        return weights
 
 
 def main() -> None:
@@ -116,14 +102,17 @@ def main() -> None:
         for seed in seeds:
             model = copy.deepcopy(cut)
             domains = Domains(text, {name: len(part) ** start for name, part in text.items()})
-            watch = Watch(domains.weights)
-            policies: list[Policy] = [] if options is None else [DynamicLoading(reference, **options), watch]
+            policies: list[Policy] = [] if options is None else [DynamicLoading(reference, **options)]
+            events: list[dict[str, Any]] = []
             began = time.perf_counter()
             own = TrainSettings(**{**vars(settings), "seed": seed})
             # weights that stay ask for no validation
-            result = train(model, domains, policies, own, validation=moving if policies else None)
+            back = moving if policies else None
+            result = train(model, domains, policies, own, validation=back, on_event=events.append)
             row = {"tokens": result.tokens, "steps": steps, "seconds": time.perf_counter() - began, "seed": seed}
-            report(loading, model, watch.weights, **row)
+            logged = [event for event in events if "loss" in event]
+            weights = [{name: event[f"weight/{name}"] for name in text} for event in logged]
+            report(loading, model, [*weights, result.weights], **row)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from instructions import Instructions
 from transformers import AutoModelForCausalLM
 
 from shearling.anatomy import Anatomy, anatomy_of
-from shearling.data import windows
+from shearling.data import spread, windows
 from shearling.methods.ranking import plan_ranked, unit_scores
 from shearling.methods.sheared_llama import Shearing, ShearingPolicy, kept_of
 from shearling.models import load_model, load_tokenizer
@@ -85,7 +85,7 @@ class Bench:
         self.text = mixture(args.data, tokenizer, 4000 if self.small else 10**9, self.length)
         num, length = (4, 128) if self.small else (64, 2048)
         domains = mixture(args.data, tokenizer, num * length, length)
-        self.tokens = domains[torch.linspace(0, len(domains) - 1, num).round().long()].to(args.device)
+        self.tokens = spread(domains, num).to(args.device)
         self.context = 256 if self.small else 2048
         scored = (2 if self.small else args.windows) * self.context
         self.tasks = args.data / "eval" if args.tasks else None
