@@ -99,8 +99,7 @@ def propose_shapes(
     else:
         costs = {width: _counted(anatomy, counted, width, of) for width in widths(anatomy, hidden_multiple)}
     source = anatomy.shapes[0]
-    full = Width(anatomy.hidden, source.query_heads, source.kv_heads)
-    own = costs[full]
+    own = costs[_own_width(anatomy)]
     whole = own(anatomy.num_layers, source.ffn)
     wanted = budget * whole if budget < 1 else budget
     if not (0 < wanted < whole and (wanted >= 1 or of == "milliseconds")):
@@ -153,7 +152,7 @@ def resolve_target(
     found = {proposal.name: proposal.target for proposal in proposals}
     if target.profile == "depth":
         # by another name where another profile comes to it too; widths that are not named stay
-        same = [shape.layers or 0 for shape in found.values() if shape == _whole(anatomy, shape.layers or 0)]
+        same = [shape.layers for shape in found.values() if shape.layers and shape == _whole(anatomy, shape.layers)]
         if same:
             found["depth"] = Target(layers=max(same))
     if target.profile not in found:
@@ -165,9 +164,11 @@ def resolve_target(
 
 def _whole(anatomy: Anatomy, layers: int) -> Target:
     """So many layers in the model's own widths, all named."""
-    source = anatomy.shapes[0]
-    width = Width(anatomy.hidden, source.query_heads, source.kv_heads)
-    return Target(layers=layers, ffn=source.ffn, **width._asdict())
+    return Target(layers=layers, ffn=anatomy.shapes[0].ffn, **_own_width(anatomy)._asdict())
+
+
+def _own_width(anatomy: Anatomy) -> Width:
+    return Width(anatomy.hidden, anatomy.shapes[0].query_heads, anatomy.shapes[0].kv_heads)
 
 
 def widths(anatomy: Anatomy, hidden_multiple: int = 64) -> Iterator[Width]:
