@@ -339,6 +339,22 @@ def test_measured_once_and_kept(tmp_path, monkeypatch):
     assert not cached_table("cpu").times
 
 
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHEARLING_CACHE", str(tmp_path))
+    measured = []
+
+    def interrupted(key, *others):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(key)
+        return {Path("dense"): Timing(1.0, 1.0, 1.0)}
+
+    monkeypatch.setattr("shearling.runtime.table._measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate_(sparse_model(), tokens=(1, 8))
+    assert cached_table("cpu").times == {key: {Path("dense"): Timing(1.0, 1.0, 1.0)} for key in measured}
+
+
 def test_a_table_comes_back_as_it_was_written(tmp_path):
     table, file = Table("cpu", "0"), tmp_path / "table.json"
     for beside in (None, Beside(3, 0), Beside(1, 8, 8)):

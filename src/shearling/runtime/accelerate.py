@@ -153,17 +153,20 @@ def _key(weight_OI: Tensor, dtype: torch.dtype, group: int, down_RI: Tensor | No
 def _measured(keys: Iterable[Key], like: Tensor, tokens: Sequence[int]) -> Table:
     """The device's own table, which gains what it lacks for weights in the type of ``like``, and is kept."""
     table = cached_table(like.device)
-    for key in sorted(keys, key=lambda key: key[:2]):
-        measure_table(
-            [(key.outputs, key.inputs)],
-            device=like.device,
-            dtype=like.dtype,
-            group=key.group,
-            beside=key.beside,
-            tokens=tokens,
-            table=table,
-        )
-    table.save(table_file(like.device))
+    try:
+        for key in sorted(keys, key=lambda key: key[:2]):
+            measure_table(
+                [(key.outputs, key.inputs)],
+                device=like.device,
+                dtype=like.dtype,
+                group=key.group,
+                beside=key.beside,
+                tokens=tokens,
+                table=table,
+            )
+    finally:
+        # what an interruption leaves need not be measured again
+        table.save(table_file(like.device))
     return table
 
 

@@ -154,7 +154,8 @@ def measure_table(
         if missing:
             weight_OI = random_24(outputs, inputs, dtype, device)
             for key in missing:
-                table.times.setdefault(key, {}).update(_measure(key, weight_OI, replays, ways))
+                found = _measure(key, weight_OI, replays, ways)
+                table.times.setdefault(key, {}).update(found)
     if kept:
         table.save(table_file(device))
     return table
