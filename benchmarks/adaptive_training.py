@@ -177,7 +177,7 @@ class Bench:
         if self.args.mixture in ("equal", "even"):
             return Domains(self.domains, self.parts(settings.tokens)), [], None
         back = {name: part[-HELD_BACK:] for name, part in self.domains.items()}
-        text = Domains({name: part[:-HELD_BACK] for name, part in self.domains.items()})
+        text = Domains({name: part[:-HELD_BACK] for name, part in self.domains.items()}, dict.fromkeys(self.domains, 1))
         return text, [DynamicLoading(source_losses(self.dense, back, settings, World()))], back
 
     def settings(self, variant: Variant, steps: int, learning_rate: float, seed: int) -> TrainSettings:

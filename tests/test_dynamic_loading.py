@@ -334,7 +334,7 @@ def test_resuming_in_the_middle_of_an_interval_changes_no_bit(at: int, scoring: 
 
 def test_a_cached_teacher_finds_the_windows_of_every_domain(tmp_path: Path) -> None:
     """It is cached in the domains' order and read in the mixture's, beside LoRA and changing weights."""
-    domains, teacher = some_domains(), tiny_model("llama", seed=3)
+    domains, teacher = some_domains(web=1, code=1, books=1), tiny_model("llama", seed=3)
     cached = cache_teacher(teacher, domains, tmp_path, k=VOCAB)
     found = []
     for source in (teacher, CachedTeacher(tmp_path, some_domains(web=1, code=8, books=1))):
@@ -350,7 +350,7 @@ def test_a_cached_teacher_finds_the_windows_of_every_domain(tmp_path: Path) -> N
 
 def test_other_weights_at_the_start_are_another_run(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, tokens=4 * LENGTH)
-    train(tiny_model("llama"), some_domains(), [], settings, state_dir=tmp_path)
+    train(tiny_model("llama"), some_domains(web=1, code=1, books=1), [], settings, state_dir=tmp_path)
     with pytest.raises(ShearlingError, match="holds a run with domains=.*'web': 0.33.*, this one has .*'web': 0.5"):
         train(tiny_model("llama"), some_domains(web=2, code=1, books=1), [], settings, state_dir=tmp_path)
 

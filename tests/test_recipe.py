@@ -244,7 +244,7 @@ def with_target(target: object, method: str = "sheared-llama") -> dict[str, obje
         ({"layers": 3, "latency": 0.5}, "has layers of a shape and latency of a budget"),
         (
             {"flops": 0.5, "profile": "deep"},
-            "profile = 'deep': must be 'balanced', 'deeper', 'shallower' or 'depth'",
+            "profile = 'deep': must be 'balanced', 'deeper', 'shallower', 'stream' or 'depth'",
         ),
         ({}, "target = {}: needs at least one of layers, hidden, heads, kv_heads, ffn"),
         (0.5, "target = 0.5: must be"),
@@ -306,7 +306,7 @@ def test_shortgpt_has_budgets_for_whole_blocks_alone() -> None:
 # --- domains
 
 WEB = {"text": "a", "validation": "b"}
-CODE = {"text": "c", "validation": "d", "weight": 3}
+CODE = {"text": "c", "validation": "d"}
 
 
 def with_domains(**changes: object) -> dict[str, object]:
@@ -319,7 +319,7 @@ def with_domains(**changes: object) -> dict[str, object]:
     [
         ({"text": "x"}, "recover.text = 'x': leave it out; domains name texts of their own"),
         ({"validation": "x"}, "recover.validation = 'x': leave it out; domains name validation texts of their own"),
-        ({"domains": {}}, "recover.domains = {}: needs a domain whose weight is above 0"),
+        ({"domains": {}}, "recover.domains = {}: needs at least one domain"),
         ({"domains": {"web": {"weight": 1}}}, "recover.domains.web.text: is missing"),
         ({"domains": {"web": "x"}}, "recover.domains.web = 'x': must be"),
         ({"domains": {"web": {**WEB, "wight": 1}}}, "recover.domains.web.wight: unknown key; did you mean weight?"),
@@ -329,6 +329,10 @@ def with_domains(**changes: object) -> dict[str, object]:
         ),
         ({"domains": {"web": {**WEB, "weight": float("nan")}}}, "recover.domains.web.weight = nan: must be"),
         ({"domains": {"web": {**WEB, "weight": 0}}}, "needs a domain whose weight is above 0"),
+        (
+            {"domains": {"web": WEB, "code": {**CODE, "weight": 3}}},
+            "domain 'web' has no weight; all must have one, or none",
+        ),
         ({"domains": {"web": WEB, "code": {"text": "c"}}}, "domain 'code' has no validation text; all must have one"),
         ({"validation_windows": 0}, "recover.validation_windows = 0: must be a number above 0, or auto"),
         ({"validation_windows": "all"}, "recover.validation_windows = 'all': must be a number above 0, or auto"),

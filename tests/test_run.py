@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from shearling.data import PackedTokens, corpus_tokens, pack
 from shearling.errors import ShearlingError
 from shearling.evaluate import perplexity
 from shearling.methods import teaching
-from shearling.methods.corpora import separator_of, validation_windows
+from shearling.methods.corpora import separator_of, training_windows, validation_windows
 from shearling.models import load_model, load_tokenizer
 from shearling.plan import Structure, load_edits
 from shearling.recipe import LoRA, Recipe, load_recipe, parse_recipe
@@ -272,11 +273,22 @@ def with_domains(tmp_path: Path, **changes: Any) -> Recipe:
     del stage["text"]
     stage["domains"] = {
         "prose": {"text": prose, "validation": str(tmp_path / "evaluation.txt"), "weight": 2},
-        "digits": {"text": digits, "validation": digits},
-        "packed": {"text": shards, "validation": shards},
+        "digits": {"text": digits, "validation": digits, "weight": 1},
+        "packed": {"text": shards, "validation": shards, "weight": 1},
     }
     stage.update({"validate_every": 2, "validation_windows": "auto", **changes})
     return parse_recipe(content)
+
+
+def test_domains_without_weights_are_read_by_the_roots_of_their_sizes(tmp_path: Path) -> None:
+    recipe = with_domains(tmp_path)
+    stage = recipe.recover
+    bare = {name: domain.model_copy(update={"weight": None}) for name, domain in stage.domains.items()}
+    tokenizer = load_tokenizer(str(tmp_path / "dense"))
+    read = training_windows(recipe, stage.model_copy(update={"domains": bare}), tokenizer)
+    roots = {name: math.sqrt(len(part)) for name, part in read.parts.items()}
+    assert len({*roots.values()}) > 1
+    assert read.weights == pytest.approx({name: root / sum(roots.values()) for name, root in roots.items()})
 
 
 def test_recovery_on_domains_by_what_the_source_model_reaches(tmp_path: Path) -> None:
@@ -657,7 +669,7 @@ def made_small(content: dict[str, Any], tmp_path: Path, *, compiled: bool = Fals
     small = yaml.safe_load(make_recipe(tmp_path).read_text())
     changes: dict[str, Any] = {"text": str(tmp_path / "recovery.txt"), "length": 32, "batch": 4, "micro_batch": 2}
     for stage in content["stages"]:
-        if stage["stage"] == "shear":
+        if "target" in stage:
             budget = "parameters" in stage["target"]
             stage["target"] = {"parameters": 0.7} if budget else {size: SMALL_TARGET[size] for size in stage["target"]}
         if stage["stage"] in ("adapt", "shear", "recover"):

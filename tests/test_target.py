@@ -185,12 +185,15 @@ def test_proposals_use_a_budget_to_one_percent(size: dict[str, Any], of: Any, bu
     model = on_meta("llama", **size)
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     found = propose_shapes(anatomy, inventory, budget, of)
-    assert [proposal.name for proposal in found] == ["balanced", "deeper", "shallower", "depth"]
-    balanced, deeper, shallower, _ = (proposal.target for proposal in found)
+    named = {proposal.name: proposal.target for proposal in found}
+    # a narrow stream is not worth it where little goes
+    assert [*named] == [name for name in ("balanced", "deeper", "shallower", "stream", "depth") if name in named]
+    assert "stream" in named or named["shallower"].hidden == anatomy.hidden
+    balanced, deeper, shallower = (named[name] for name in ("balanced", "deeper", "shallower"))
     assert deeper.layers >= balanced.layers > shallower.layers
     # a step of 64 channels is 2 % of the small model
     assert size is SMOLLM2 or shallower.hidden > balanced.hidden > deeper.hidden
-    for proposal in found[:3]:
+    for proposal in found[:-1]:
         assert budget * (0.98 if size is SMOLLM2 else 0.99) <= proposal.share <= budget
         assert proposal.target.hidden % 64 == 0
         assert proposal.target.ffn % 64 == 0
@@ -318,12 +321,42 @@ def test_whole_layers_go_under_whatever_name_the_shape_has() -> None:
     assert resolve_target(anatomy, inventory, budget, measured) == Target(layers=25)
 
 
-def test_a_profile_without_a_shape_of_its_own_is_refused() -> None:
+def test_a_profile_without_a_shape_is_refused() -> None:
+    model = on_meta("llama", **SMOLLM2)
+    with pytest.raises(ShearlingError, match=r"^target.profile = 'depth': this budget has only balanced, .* of them$"):
+        resolve_target(anatomy_of(model.config), inventory_of(model), Budget(parameters=0.22, profile="depth"))
+
+
+def test_profiles_that_come_to_the_same_shape_all_have_it() -> None:
     model = tiny_model("llama")
-    with pytest.raises(
-        ShearlingError, match=r"^target.profile = 'deeper': this budget has only balanced, depth; choose that$"
-    ):
-        resolve_target(anatomy_of(model.config), inventory_of(model), Budget(parameters=0.7, profile="deeper"))
+    anatomy, inventory = anatomy_of(model.config), inventory_of(model)
+    (first, *_) = propose_shapes(anatomy, inventory, 0.7)
+    for profile in ("balanced", "deeper"):
+        assert resolve_target(anatomy, inventory, Budget(parameters=0.7, profile=profile)) == first.target
+
+
+# --- the full stream
+
+#: parameters of SmolLM2: embeddings and the last norm; what of a block no channel adds; a channel of a block
+OUTSIDE, BLOCK, CHANNEL = 49152 * 576 + 576, 2 * 576 * 576 + 2 * 576 * 192 + 2 * 576, 3 * 576
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.553])
+def test_the_full_stream_gives_a_quarter_of_the_cut_to_channels(budget: float) -> None:
+    model = on_meta("llama", **SMOLLM2)
+    found = {p.name: p for p in propose_shapes(anatomy_of(model.config), inventory_of(model), budget)}
+    target = found["stream"].target
+    assert (target.hidden, target.heads, target.kv_heads) == (576, 9, 3)
+    blocks = (budget * (OUTSIDE + 30 * (BLOCK + 1536 * CHANNEL)) - OUTSIDE) / (30 * (BLOCK + 1536 * CHANNEL))
+    # the layers' share of the cut, by logarithms; the others go by halves of a layer and steps of 64 channels
+    assert math.log(target.layers / 30) / math.log(blocks) == pytest.approx(0.75, abs=0.1)
+    assert found["stream"].sizes.parameters == OUTSIDE + target.layers * (BLOCK + target.ffn * CHANNEL)
+
+
+def test_the_full_stream_of_the_log() -> None:
+    model = on_meta("llama", **SMOLLM2)
+    found = {p.name: p.target for p in propose_shapes(anatomy_of(model.config), inventory_of(model), 0.553)}
+    assert found["stream"] == Target(layers=16, hidden=576, heads=9, kv_heads=3, ffn=1152)
 
 
 # --- whole layers
@@ -393,7 +426,7 @@ def test_depth_comes_last_of_a_latency() -> None:
         return 2 + layers * (0.5 + 0.5 * width.hidden / 576 * (0.3 * width.heads / 9 + 0.7 * ffn / 1536))
 
     found = in_milliseconds(time, 20.5)
-    names = ["balanced", "deeper", "shallower", "depth"]
+    names = ["balanced", "deeper", "shallower", "stream", "depth"]
     assert list(found) == [name for name in names if name in found]
     assert found["depth"] == full_width(18)
 

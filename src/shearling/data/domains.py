@@ -17,7 +17,8 @@ from shearling.errors import ShearlingError, check_domains
 class Domains:
     """Windows [n, length] of named domains as one ``Windows``: those of the first domain, then those of the next.
 
-    ``weights`` (equal by default) are the proportions in which domains are drawn at first; they are scaled to sum 1.
+    ``weights`` (by default the roots of the domains' sizes) are the proportions in which they are drawn at first; they
+    are scaled to sum 1. In equal parts a small domain is read over and over, by sizes it is hardly read at all.
     Raises ShearlingError for no domain, one without windows, lengths that differ, and weights that name other domains,
     are below 0 or not finite, or are all 0.
     """
@@ -36,7 +37,8 @@ class Domains:
         for name, part in self.parts.items():
             if part.shape[1] != self.shape[1]:
                 raise ShearlingError(f"domain {name!r}: {part.shape[1]} tokens a window, others have {self.shape[1]}")
-        self.weights = _shares(dict.fromkeys(self.parts, 1.0) if weights is None else weights, self.names)
+        roots = {name: math.sqrt(len(part)) for name, part in self.parts.items()}
+        self.weights = _shares(roots if weights is None else weights, self.names)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -31,8 +31,8 @@ def training_windows(recipe: Recipe, stage: TrainStage, tokenizer: Any) -> Tenso
     if stage.domains is None:
         assert stage.text is not None
         return read(stage.text)
-    weights = {name: domain.weight for name, domain in stage.domains.items()}
-    return Domains({name: read(domain.text) for name, domain in stage.domains.items()}, weights)
+    weights = {name: domain.weight for name, domain in stage.domains.items() if domain.weight is not None}
+    return Domains({name: read(domain.text) for name, domain in stage.domains.items()}, weights or None)
 
 
 def separator_of(stage: TrainStage, tokenizer: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""From a budget to shapes that meet it: in balance, with all layers, with fewer and wider ones, or with whole ones."""
+"""From a budget to shapes that meet it: in balance, deeper, shallower, in the full stream, or of whole layers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ Quantity = Literal["parameters", "bytes", "flops_per_token", "milliseconds"]
 Cost = Callable[[int, int], float]
 
 #: by which power of the budget's share the layers shrink. Where widths shrink alike, parameters go with layers x
-#: width^2: at 0 the widths do it all, at 1/2 half of it falls to the layers. ``depth`` is beside them: widths stay
+#: width^2: at 0 the widths do it all, at 1/2 half of it falls to the layers
 PROFILES = {"balanced": 0.25, "deeper": 0.0, "shallower": 0.5}
+#: the same of ``stream``, where hidden and heads stay, so that blocks' parameters go with layers x channels
+STREAM = 0.75
 #: a shape that leaves more than this share of the budget unused is chosen only where none uses more; not so of
 #: milliseconds, where what counts is what is kept, not what is spent
 SLACK = 0.01
@@ -78,14 +80,61 @@ def propose_shapes(
 ) -> list[Proposal]:
     """Shapes that use a budget to 1 % where the grid allows and never exceed it: ``balanced`` first, then the others.
 
-    ``depth``, the last, keeps all widths and as many layers as the budget allows, and may leave up to a layer unused.
+    ``stream`` keeps hidden and heads; a quarter of the cut falls to the channels, the rest to the layers. ``depth``
+    keeps all widths and as many layers as the budget allows, and may leave up to a layer unused. A shape that profiles
+    share is named once.
+
     ``budget`` below 1 is a share of what the model has, else a number. ``hidden`` and ``ffn`` are multiples, or stay;
-    where the config states no head_dim, ``hidden`` is heads x head_dim. A shape that two profiles share is named once.
-    A budget of ``milliseconds`` needs what was ``measured``: the cost by width, the model's own among them; only those
-    widths are proposed. Time need not go with size, so there shapes are chosen that keep many parameters, also where
-    they leave time unused. Raises ShearlingError for milliseconds that were not measured, and for a budget that is not
-    below the model's own, or that no shape of the grid meets.
+    where the config states no head_dim, ``hidden`` is heads x head_dim. A budget of ``milliseconds`` needs what was
+    ``measured``: the cost by width, the model's own among them; only those widths are proposed. Time need not go with
+    size, so there shapes are chosen that keep many parameters, also where they leave time unused. Raises ShearlingError
+    for milliseconds that were not measured, and for a budget that is not below the model's own, or that no shape of the
+    grid meets.
     """
+    found, costs, whole = _by_profile(anatomy, inventory, budget, of, measured, hidden_multiple, ffn_multiple)
+    names: dict[Target, str] = {}
+    for name, target in found.items():
+        names.setdefault(target, name)
+    proposals = []
+    for target, name in names.items():
+        after = target_anatomy(anatomy, target)
+        weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
+        cost = costs[Width(after.hidden, after.shapes[0].query_heads, after.shapes[0].kv_heads)]
+        spent = cost(after.num_layers, after.shapes[0].ffn)
+        milliseconds = spent if of == "milliseconds" else None
+        proposals.append(Proposal(name, target, weighed, spent / whole, milliseconds))
+    return proposals
+
+
+def resolve_target(
+    anatomy: Anatomy, inventory: Inventory, target: Target | Budget, measured: Mapping[Width, Cost] | None = None
+) -> Target:
+    """The shape that a target means for a model, which anatomy and inventory are of: itself, or the budget's profile.
+
+    ``measured`` as in ``propose_shapes``. Raises ShearlingError as that does, and for a profile that has no shape.
+    """
+    if isinstance(target, Target):
+        return target
+    found, _, _ = _by_profile(anatomy, inventory, target.amount, target.of, measured)
+    if target.profile not in found:
+        raise ShearlingError(
+            f"target.profile = {target.profile!r}: this budget has only {', '.join(found)}; choose one of them"
+        )
+    shape = found[target.profile]
+    # widths that stay are not named
+    return Target(layers=shape.layers) if target.profile == "depth" else shape
+
+
+def _by_profile(
+    anatomy: Anatomy,
+    inventory: Inventory,
+    budget: float,
+    of: Quantity,
+    measured: Mapping[Width, Cost] | None,
+    hidden_multiple: int = 64,
+    ffn_multiple: int = 64,
+) -> tuple[dict[str, Target], dict[Width, Cost], float]:
+    """The shape of every profile that has one, what widths cost, and what the whole model does; cf. propose_shapes."""
     target_anatomy(anatomy, Target(layers=anatomy.num_layers))
     # all blocks are alike
     counted = {name: size for name, size in inventory.items() if anatomy.layer_of(name) in (None, 0)}
@@ -109,13 +158,12 @@ def propose_shapes(
     allowed = wanted if of == "milliseconds" else math.floor(wanted)
     depths = {name: anatomy.num_layers * (allowed / whole) ** power for name, power in PROFILES.items()}
 
-    def fits(reach: int) -> dict[Target, str]:
-        found: dict[Target, str] = {}
-        for name, depth in depths.items():
-            target = _fit(anatomy, costs, parameters, allowed, depth, reach, ffn_multiple)
-            if target is not None:
-                found.setdefault(target, name)
-        return found
+    def fits(reach: int) -> dict[str, Target]:
+        shapes = {
+            name: _fit(anatomy, costs, parameters, allowed, depth, reach, ffn_multiple)
+            for name, depth in depths.items()
+        }
+        return {name: target for name, target in shapes.items() if target is not None}
 
     # where no depth near a profile's allows any, all are tried
     found = fits(1) or fits(anatomy.num_layers)
@@ -124,47 +172,14 @@ def propose_shapes(
         raise ShearlingError(
             f"budget = {budget:g} {of}: the smallest shape of this grid has {_number(least)}; allow more"
         )
+    kept = None if parameters is None else parameters[_own_width(anatomy)]
+    full = _full_stream(anatomy, own, kept, allowed, ffn_multiple)
+    if full is not None:
+        found["stream"] = full
     layers = bisect.bisect_right(range(1, anatomy.num_layers), allowed, key=lambda layers: own(layers, source.ffn))
     if layers:
-        found.setdefault(_whole(anatomy, layers), "depth")
-    proposals = []
-    for target, name in found.items():
-        after = target_anatomy(anatomy, target)
-        weighed = sizes(inventory_after(inventory, anatomy, after, range(after.num_layers)), after)
-        cost = costs[Width(after.hidden, after.shapes[0].query_heads, after.shapes[0].kv_heads)]
-        spent = cost(after.num_layers, after.shapes[0].ffn)
-        milliseconds = spent if of == "milliseconds" else None
-        proposals.append(Proposal(name, target, weighed, spent / whole, milliseconds))
-    return proposals
-
-
-def resolve_target(
-    anatomy: Anatomy, inventory: Inventory, target: Target | Budget, measured: Mapping[Width, Cost] | None = None
-) -> Target:
-    """The shape that a target means for a model, which anatomy and inventory are of: itself, or the budget's profile.
-
-    ``measured`` as in ``propose_shapes``. Raises ShearlingError as that does, and for a profile without a shape of its
-    own.
-    """
-    if isinstance(target, Target):
-        return target
-    proposals = propose_shapes(anatomy, inventory, target.amount, target.of, measured=measured)
-    found = {proposal.name: proposal.target for proposal in proposals}
-    if target.profile == "depth":
-        # by another name where another profile comes to it too; widths that are not named stay
-        same = [shape.layers for shape in found.values() if shape.layers and shape == _whole(anatomy, shape.layers)]
-        if same:
-            found["depth"] = Target(layers=max(same))
-    if target.profile not in found:
-        raise ShearlingError(
-            f"target.profile = {target.profile!r}: this budget has only {', '.join(found)}; choose that"
-        )
-    return found[target.profile]
-
-
-def _whole(anatomy: Anatomy, layers: int) -> Target:
-    """So many layers in the model's own widths, all named."""
-    return Target(layers=layers, ffn=anatomy.shapes[0].ffn, **_own_width(anatomy)._asdict())
+        found["depth"] = Target(layers=layers, ffn=source.ffn, **_own_width(anatomy)._asdict())
+    return found, costs, whole
 
 
 def _own_width(anatomy: Anatomy) -> Width:
@@ -240,6 +255,37 @@ def _fit(
             best = min(more, key=keys.__getitem__)
     layers, *width, ffn = best
     return Target(layers=layers, ffn=ffn, **Width(*width)._asdict())
+
+
+def _full_stream(anatomy: Anatomy, own: Cost, kept: Cost | None, allowed: float, multiple: int) -> Target | None:
+    """The shape in the model's own ``hidden`` and heads, which cost ``own``; None where the budget is too small for it.
+
+    With ``kept``, their parameters, these count instead of what is used.
+    """
+    source, layers = anatomy.shapes[0].ffn, anatomy.num_layers
+    # what is spent outside of blocks, by one block and two
+    outside = 2 * own(1, source) - own(2, source)
+    if allowed <= outside:
+        return None
+    depth = layers * ((allowed - outside) / (own(layers, source) - outside)) ** STREAM
+    channels = [*range(multiple, source, multiple), source]
+    near = range(max(1, math.floor(depth) - 1), min(layers, math.ceil(depth) + 1) + 1)
+    fitting = {
+        number: bisect.bisect_right(channels, allowed, key=partial(own, number))
+        for number in (near if kept is None else range(1, layers + 1))
+    }
+    shapes = [(number, channels[fit - 1]) for number, fit in fitting.items() if fit]
+    if not shapes:
+        return None
+
+    def worse(shape: tuple[int, int]) -> tuple[float, float]:
+        unlike = abs(math.log(shape[0] / depth))
+        if kept is None:
+            return max(1 - own(*shape) / allowed, SLACK), unlike
+        return unlike - math.log(kept(*shape)), 0.0
+
+    number, ffn = min(shapes, key=worse)
+    return Target(layers=number, ffn=ffn, **_own_width(anatomy)._asdict())
 
 
 def _number(value: float) -> str:

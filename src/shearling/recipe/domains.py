@@ -15,8 +15,8 @@ class Domain(Strict):
 
     text: str
     validation: str | None = None
-    #: its share of what is read at first, over the sum of all weights
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    #: its share of what is read at first, over the sum of all weights; where no domain has one, the root of its size
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class Loading(Strict):

@@ -52,7 +52,7 @@ class Budget(Strict):
     bytes: Amount | None = None
     flops: Amount | None = None
     latency: Amount | None = None
-    profile: Literal["balanced", "deeper", "shallower", "depth"] = "balanced"
+    profile: Literal["balanced", "deeper", "shallower", "stream", "depth"] = "balanced"
     #: whose latency: of one token more in every row, or of all tokens of the context at once
     phase: Literal["decode", "prefill"] = "decode"
     #: rows

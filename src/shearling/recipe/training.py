@@ -71,7 +71,13 @@ class Train(Strict):
     def _mixed(cls, value: dict[str, Domain] | None) -> dict[str, Domain] | None:
         if value is None:
             return value
-        if not any(domain.weight for domain in value.values()):
+        weights = {name: domain.weight for name, domain in value.items()}
+        bare = [name for name, weight in weights.items() if weight is None]
+        if not weights:
+            raise ValueError("needs at least one domain")
+        if bare and len(bare) < len(weights):
+            raise ValueError(f"domain {bare[0]!r} has no weight; all must have one, or none")
+        if not bare and not any(weights.values()):
             raise ValueError("needs a domain whose weight is above 0")
         silent = [name for name, domain in value.items() if domain.validation is None]
         if silent and len(silent) < len(value):
