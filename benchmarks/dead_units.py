@@ -5,7 +5,8 @@
 
 SmolLM2's gates learn alone, its weights stay: first with the share of closed gates as the paper counts it, whose bounds
 lie above 0 and below 1, then as methods/hard_concrete.py corrects it. Told are, of the units that the exact target
-keeps, those whose gate is closed (below 0.1 without noise) or not open (below 0.9) just before gates become 0 or 1.
+keeps, those whose gate is closed (below 0.1 without noise) or not open (as the policy counts them) just before gates
+become 0 or 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from shearling.recipe import Target
 from shearling.train import TrainSettings, train
 
 COLUMNS = ["constraint", "space", "kept", "closed", "not_open", "target", "share", "steps", "seconds"]
-CLOSED, OPEN = 0.1, 0.9
+CLOSED = 0.1
 CONSTRAINTS = {"paper": False, "corrected": True}
 
 
@@ -54,9 +55,8 @@ def main() -> None:
     anatomy = anatomy_of(dense.config)
     keep = kept_of(target_anatomy(anatomy, Target.model_validate(args.target)))
     text = mixture(args.data, load_tokenizer(args.model), steps * length, length)
-    settings = TrainSettings(
-        tokens=steps * length, length=length, batch=1, micro_batch=1, log_every=max(1, steps // 20)
-    )  # fmt: skip
+    every = max(1, steps // 20)
+    settings = TrainSettings(tokens=steps * length, length=length, batch=1, micro_batch=1, log_every=every)
     rows = Rows(COLUMNS, args.json)
     print(f"# {device_name(args.device)}, torch {torch.__version__}, {len(text)} windows", flush=True)
     for name in args.constraints:
@@ -65,11 +65,13 @@ def main() -> None:
         began = time.perf_counter()
         train(copy.deepcopy(dense), text, [policy], settings, on_event=events.append)
         last = [event for event in events if "loss" in event][-2]
-        for space, log_alpha in policy.log_alpha.items():
-            gates = settled(log_alpha.detach())[most_open(log_alpha.detach(), policy.keep[space])]
+        assert policy.dead is not None
+        for space, parameter in policy.log_alpha.items():
+            log_alpha = parameter.detach()
+            gates = settled(log_alpha)[most_open(log_alpha, policy.keep[space])]
             rows.add(
                 constraint=name, space=space, kept=gates.numel(), closed=int((gates < CLOSED).sum()),
-                not_open=int((gates < OPEN).sum()), target=last[f"target/{space}"], share=last[f"closed/{space}"],
+                not_open=policy.dead[space], target=last[f"target/{space}"], share=last[f"closed/{space}"],
                 steps=steps, seconds=time.perf_counter() - began,
             )  # fmt: skip
 

@@ -128,7 +128,8 @@ def test_the_plan_of_a_budget_shows_the_other_shapes(tmp_path: Path, command: An
     assert table.count("16,576") == 2 and "the recipe takes balanced" in table
     code, text, err = command("plan", file, "--json")
     assert code == 0 and json.loads(text)["after"]["parameters"] == 16576
-    refused(command("plan", file, "--set", "shear.target={parameters: 0.36, profile: depth}"), "this budget has only")
+    narrow = "shear.target={parameters: 0.36, profile: depth}"
+    refused(command("plan", file, "--set", narrow), "this budget has only balanced, shallower; choose one of them")
 
 
 def test_a_target_without_a_recipe(tmp_path: Path, command: Any) -> None:

@@ -186,9 +186,9 @@ def test_proposals_use_a_budget_to_one_percent(size: dict[str, Any], of: Any, bu
     anatomy, inventory = anatomy_of(model.config), inventory_of(model)
     found = propose_shapes(anatomy, inventory, budget, of)
     named = {proposal.name: proposal.target for proposal in found}
-    # a narrow stream is not worth it where little goes
-    assert [*named] == [name for name in ("balanced", "deeper", "shallower", "stream", "depth") if name in named]
-    assert "stream" in named or named["shallower"].hidden == anatomy.hidden
+    # where little of the small model goes the full stream has the shape of another profile
+    same = size is SMOLLM2 and budget == 0.75
+    assert [*named] == ["balanced", "deeper", "shallower", *([] if same else ["stream"]), "depth"]
     balanced, deeper, shallower = (named[name] for name in ("balanced", "deeper", "shallower"))
     assert deeper.layers >= balanced.layers > shallower.layers
     # a step of 64 channels is 2 % of the small model

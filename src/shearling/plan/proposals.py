@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -232,10 +232,9 @@ def _fit(
     channels = [*range(multiple, source.ffn, multiple), source.ffn]
     keys: dict[tuple[int, ...], tuple[float, ...]] = {}
     for layers, (width, cost) in itertools.product(range(low, high + 1), costs.items()):
-        fitting = bisect.bisect_right(channels, allowed, key=partial(cost, layers))
-        if not fitting:
+        ffn = _most_channels(channels, cost, layers, allowed)
+        if not ffn:
             continue
-        ffn = channels[fitting - 1]
         kept = (width.hidden / anatomy.hidden, width.heads / source.query_heads, ffn / source.ffn)
         stretched = max(kept) / min(kept)
         distortion = math.log(stretched) + abs(math.log(layers / depth))
@@ -270,11 +269,9 @@ def _full_stream(anatomy: Anatomy, own: Cost, kept: Cost | None, allowed: float,
     depth = layers * ((allowed - outside) / (own(layers, source) - outside)) ** STREAM
     channels = [*range(multiple, source, multiple), source]
     near = range(max(1, math.floor(depth) - 1), min(layers, math.ceil(depth) + 1) + 1)
-    fitting = {
-        number: bisect.bisect_right(channels, allowed, key=partial(own, number))
-        for number in (near if kept is None else range(1, layers + 1))
-    }
-    shapes = [(number, channels[fit - 1]) for number, fit in fitting.items() if fit]
+    numbers = near if kept is None else range(1, layers + 1)
+    filled = [(number, _most_channels(channels, own, number, allowed)) for number in numbers]
+    shapes = [(number, ffn) for number, ffn in filled if ffn]
     if not shapes:
         return None
 
@@ -286,6 +283,12 @@ def _full_stream(anatomy: Anatomy, own: Cost, kept: Cost | None, allowed: float,
 
     number, ffn = min(shapes, key=worse)
     return Target(layers=number, ffn=ffn, **_own_width(anatomy)._asdict())
+
+
+def _most_channels(channels: Sequence[int], cost: Cost, layers: int, allowed: float) -> int:
+    """The most of ``channels``, ascending, that so many layers may have; 0 where even the fewest cost too much."""
+    fitting = bisect.bisect_right(channels, allowed, key=partial(cost, layers))
+    return channels[fitting - 1] if fitting else 0
 
 
 def _number(value: float) -> str:
